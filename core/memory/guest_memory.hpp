@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// The guest's physical memory as the host sees it: checked access, dirty marks, as few slots as possible.
+#pragma once
+
+#include <atomic>
+#include <compare>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <span>
+#include <type_traits>
+#include <vector>
+
+#include "util/fd.hpp"
+#include "util/mapping.hpp"
+#include "util/result.hpp"
+
+namespace vmm {
+
+// A guest physical address; never a host pointer, never an offset.
+struct GuestAddress {
+  uint64_t value = 0;
+  auto operator<=>(const GuestAddress&) const = default;
+  constexpr GuestAddress operator+(uint64_t bytes) const { return {value + bytes}; }
+};
+
+// The map of guest physical memory (docs/memory-map.md): memory below the hole, the hole with everything that is
+// not memory, the rest of the memory from 4 GiB on.
+constexpr uint64_t kPageSize = 4096;
+constexpr uint64_t kHoleStart = 0xc000'0000;
+constexpr uint64_t kHoleEnd = 0x1'0000'0000;
+
+enum class MemoryBacking { anonymous, memfd };
+enum class HugePages { off, transparent, reserved_2m };
+
+struct MemoryConfig {
+  uint64_t size_bytes = 512ull << 20;
+  MemoryBacking backing = MemoryBacking::anonymous;
+  HugePages huge_pages = HugePages::off;
+  bool mergeable = true;  // MADV_MERGEABLE: open to the host's KSM
+};
+
+class GuestMemory {
+ public:
+  struct Region {
+    GuestAddress start;
+    uint64_t size_bytes = 0;
+    std::byte* host = nullptr;
+  };
+
+  // Reserves address space only (MAP_NORESERVE); pages come on first touch. The size is a multiple of a page.
+  static Result<GuestMemory> create(const MemoryConfig& config);
+
+  // In ascending order; one region up to 3 GiB, two above that.
+  std::span<const Region> regions() const { return regions_; }
+  uint64_t size_bytes() const { return size_bytes_; }
+  int memfd() const { return memfd_.get(); }  // -1 unless backed by one
+
+  // The host's view of [start, start + size), or nullptr unless the whole range lies in one region. A size of 0
+  // is valid at any address inside a region. [any]
+  std::byte* slice(GuestAddress start, uint64_t size_bytes) const;
+
+  // Copies; false, and nothing done, when the range is not memory. write() marks pages dirty. [any]
+  [[nodiscard]] bool read(GuestAddress start, void* into, uint64_t size_bytes) const;
+  [[nodiscard]] bool write(GuestAddress start, const void* from, uint64_t size_bytes);
+
+  template <typename T>
+    requires std::is_trivially_copyable_v<T>
+  std::optional<T> load(GuestAddress start) const {
+    T value;
+    if (!read(start, &value, sizeof value)) return std::nullopt;
+    return value;
+  }
+  template <typename T>
+    requires std::is_trivially_copyable_v<T>
+  [[nodiscard]] bool store(GuestAddress start, const T& value) {
+    return write(start, &value, sizeof value);
+  }
+
+  // Dirty pages written by the host side; KVM's own log is apart. Off until enabled: marks then cost one load. [any]
+  void enable_dirty_tracking(bool enabled);
+  void mark_dirty(GuestAddress start, uint64_t size_bytes);
+  // Takes and clears the marks of one region: a bit for each page, page 0 of the region is bit 0 of word 0.
+  std::vector<uint64_t> take_dirty(size_t region_index);
+
+ private:
+  struct DirtyBitmap {
+    std::atomic<bool> enabled{false};
+    std::vector<std::unique_ptr<std::atomic<uint64_t>[]>> words;  // one array for each region
+  };
+
+  std::vector<Region> regions_;
+  std::vector<Mapping> mappings_;
+  uint64_t size_bytes_ = 0;
+  Fd memfd_;
+  std::unique_ptr<DirtyBitmap> dirty_;
+};
+
+}  // namespace vmm
