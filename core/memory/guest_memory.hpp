@@ -67,17 +67,15 @@ class GuestMemory {
   [[nodiscard]] bool write(GuestAddress start, const void* from, uint64_t size_bytes);
 
   template <typename T>
-    requires std::is_trivially_copyable_v<T>
-  std::optional<T> load(GuestAddress start) const {
+  requires std::is_trivially_copyable_v<T> std::optional<T> load(GuestAddress start)
+  const {
     T value;
     if (!read(start, &value, sizeof value)) return std::nullopt;
     return value;
   }
   template <typename T>
-    requires std::is_trivially_copyable_v<T>
-  [[nodiscard]] bool store(GuestAddress start, const T& value) {
-    return write(start, &value, sizeof value);
-  }
+  requires std::is_trivially_copyable_v<T>
+  [[nodiscard]] bool store(GuestAddress start, const T& value) { return write(start, &value, sizeof value); }
 
   // Dirty pages written by the host side; KVM's own log is apart. Off until enabled: marks then cost one load. [any]
   void enable_dirty_tracking(bool enabled);

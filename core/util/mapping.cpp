@@ -13,7 +13,7 @@ Result<Mapping> map_file(const std::string& path) {
   // O_NONBLOCK: a FIFO given by mistake is refused below, not waited for.
   Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (!fd) return errno_error(path);
-  struct stat status{};
+  struct stat status {};
   if (::fstat(fd.get(), &status) != 0) return errno_error(path);
   if (S_ISDIR(status.st_mode)) return errno_error(path, EISDIR);
   if (!S_ISREG(status.st_mode)) return Error{path + ": not a regular file", EINVAL};

@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* clone.host-machine/1: the machine as a whole: its vCPUs, its end, its power button. */
+#ifndef CLONE_ABI_MACHINE_H
+#define CLONE_ABI_MACHINE_H
+
+#include "host.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define CLONE_HOST_MACHINE "clone.host-machine/1"
+
+#define CLONE_MACHINE_POWER_OFF 1u /* the guest turned itself off */
+#define CLONE_MACHINE_RESET 2u     /* the guest asked for a reset */
+#define CLONE_MACHINE_PANIC 3u     /* the guest reported that it crashed */
+
+typedef struct clone_host_machine {
+  uint32_t size;
+  uint32_t reserved;
+  /* [any] */
+  uint32_t (*vcpu_count)(const clone_host *host);
+  uint64_t (*memory_bytes)(const clone_host *host);
+  /* [any] Returns at once; the VM's main thread acts on it. The first request wins. */
+  void (*request)(const clone_host *host, uint32_t what);
+  /* [control] &inactive. `pressed` is called, [control], when somebody wants the guest to power off in good order. It
+   * returns CLONE_OK when the guest has been told. */
+  clone_status (*on_power_button)(const clone_host *host, clone_status (*pressed)(void *context), void *context,
+                                  clone_err *err);
+} clone_host_machine;
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
