@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// What stands behind clone_host.context: how a service finds the VM that its caller belongs to.
+#pragma once
+
+#include "clone/abi/host.h"
+#include "memory/guest_memory.hpp"
+
+namespace vmm {
+
+struct HostContext {
+  GuestMemory* memory = nullptr;
+};
+
+inline GuestMemory& memory_of(const clone_host* host) { return *static_cast<HostContext*>(host->context)->memory; }
+
+}  // namespace vmm
