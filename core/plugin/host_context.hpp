@@ -21,6 +21,7 @@ struct HostContext {
   Machine* machine = nullptr;
 };
 
+// The context's owner: services work on the VM of their caller. [any]
 inline HostContext& context_of(const clone_host* host) { return *static_cast<HostContext*>(host->context); }
 
 // A clone_host for one plugin or one device. It does not move: plugins keep its address.
