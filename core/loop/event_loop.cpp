@@ -122,6 +122,7 @@ EventLoop::TimerId EventLoop::add_timer(std::chrono::milliseconds after, std::fu
 }
 
 void EventLoop::cancel_timer(TimerId timer) {
+  if (timer == 0) return;
   std::shared_ptr<Timer> pending;  // goes after the lock
   Lock lock(mutex_);
   const auto found = std::ranges::find_if(timers_, [&](const auto& entry) { return entry.second->id == timer; });

@@ -46,7 +46,7 @@ class EventLoop {
   void post(std::function<void()> call);
 
   TimerId add_timer(std::chrono::milliseconds after, std::function<void()> expired);
-  // As remove_fd(). Harmless for a timer that has expired.
+  // As remove_fd(). Harmless for a timer that has expired, and for 0.
   void cancel_timer(TimerId timer);
 
   bool in_loop_thread() const;

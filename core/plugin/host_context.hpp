@@ -6,10 +6,12 @@ namespace vmm {
 
 class GuestMemory;
 class EventLoop;
+class ConsoleHub;
 
 struct HostContext {
   GuestMemory* memory = nullptr;
   EventLoop* main_loop = nullptr;
+  ConsoleHub* console = nullptr;
 };
 
 }  // namespace vmm

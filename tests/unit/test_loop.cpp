@@ -140,6 +140,7 @@ TEST_CASE("loop: timers expire in order, once, and can be cancelled") {
   CHECK(order == std::vector{1, 2});
   CHECK(std::chrono::steady_clock::now() - start >= 20ms);
   loop->cancel_timer(cancelled);
+  loop->cancel_timer(0);
 
   // From another thread, while the loop sleeps.
   auto other = *LoopThread::create("timers");
