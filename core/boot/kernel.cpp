@@ -262,12 +262,12 @@ Result<void> KernelFile::load_into(GuestMemory& memory) const {
   return {};
 }
 
-Result<Initrd> find_initrd_place(const GuestMemory& memory, const KernelImage& kernel, uint64_t size_bytes) {
+Result<InitrdPlace> find_initrd_place(const GuestMemory& memory, const KernelImage& kernel, uint64_t size_bytes) {
   const uint64_t limit = std::min(memory.low_end().value, uint64_t{kernel.header.initrd_addr_max} + 1);
   const uint64_t room = limit > kernel.end.value ? limit - kernel.end.value : 0;
   if (size_bytes <= room) {
     const uint64_t start = (limit - size_bytes) & ~(kPageSize - 1);
-    if (start >= kernel.end.value) return Initrd{{start}, size_bytes};
+    if (start >= kernel.end.value) return InitrdPlace{{start}, size_bytes};
   }
   return Error{"initrd: " + std::to_string(size_bytes) + " bytes do not fit between the kernel's end at " +
                    hex(kernel.end.value) + " and " + hex(limit) + " (the guest has " + mebibytes(memory.size_bytes()) +
@@ -275,8 +275,8 @@ Result<Initrd> find_initrd_place(const GuestMemory& memory, const KernelImage& k
                ENOMEM};
 }
 
-Result<Initrd> place_initrd(GuestMemory& memory, const KernelImage& kernel, std::span<const std::byte> content) {
-  const Initrd initrd = TRY(find_initrd_place(memory, kernel, content.size()));
+Result<InitrdPlace> place_initrd(GuestMemory& memory, const KernelImage& kernel, std::span<const std::byte> content) {
+  const InitrdPlace initrd = TRY(find_initrd_place(memory, kernel, content.size()));
   if (!memory.write(initrd.start, content.data(), content.size()) && !content.empty()) {
     return Error{"initrd: " + hex(initrd.start.value) + " is not memory", EFAULT};
   }

@@ -64,15 +64,15 @@ class KernelFile {
   std::vector<Segment> segments_;
 };
 
-struct Initrd {
+struct InitrdPlace {
   GuestAddress start;
   uint64_t size_bytes = 0;
 };
 
 // The highest page-aligned place for an initrd: above the kernel, in the memory below the hole, and not above what
 // the kernel can reach (initrd_addr_max). Whoever makes an initrd can write it there directly.
-Result<Initrd> find_initrd_place(const GuestMemory& memory, const KernelImage& kernel, uint64_t size_bytes);
+Result<InitrdPlace> find_initrd_place(const GuestMemory& memory, const KernelImage& kernel, uint64_t size_bytes);
 // The same for an initrd that is there already; copies it once.
-Result<Initrd> place_initrd(GuestMemory& memory, const KernelImage& kernel, std::span<const std::byte> content);
+Result<InitrdPlace> place_initrd(GuestMemory& memory, const KernelImage& kernel, std::span<const std::byte> content);
 
 }  // namespace vmm
