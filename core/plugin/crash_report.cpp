@@ -13,12 +13,10 @@ namespace {
 
 constinit thread_local const char* current_plugin = nullptr;
 constinit thread_local const char* current_phase = nullptr;
-constinit void (*restore_hook)() = nullptr;
 
 void put(const char* text) { [[maybe_unused]] ssize_t written = ::write(STDERR_FILENO, text, std::strlen(text)); }
 
 void on_fatal_signal(int signal_number) {
-  if (restore_hook) restore_hook();
   if (current_plugin) {
     put("clone: error: plugin ");
     put(current_plugin);
@@ -46,8 +44,7 @@ CrashReport::~CrashReport() {
   current_phase = outer_phase_;
 }
 
-void install_crash_handler(void (*restore)()) {
-  restore_hook = restore;
+void install_crash_handler() {
   alignas(16) static char stack[16384];
   const stack_t alternate{stack, 0, sizeof stack};
   ::sigaltstack(&alternate, nullptr);

@@ -21,7 +21,7 @@ class CrashReport {
 };
 
 // Installs the handler for SIGSEGV, SIGBUS, SIGILL, SIGFPE and SIGABRT, on a stack of its own. It prints its line when
-// a CrashReport is there, runs `restore` (the terminal's mode), and lets the signal take its course.
-void install_crash_handler(void (*restore)());
+// a CrashReport is there and lets the signal take its course. A terminal in raw mode chains its own handler before it.
+void install_crash_handler();
 
 }  // namespace vmm
