@@ -241,9 +241,12 @@ void mount_kernel_file_systems() {
   static constexpr struct {
     const char* type;
     const char* path;
-  } mounts[] = {{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}};
+    unsigned long flags;
+  } mounts[] = {{"devtmpfs", "/dev", MS_NOSUID},
+                {"proc", "/proc", MS_NOSUID | MS_NODEV | MS_NOEXEC},
+                {"sysfs", "/sys", MS_NOSUID | MS_NODEV | MS_NOEXEC}};
   for (const auto& mount : mounts) {
-    const long result = sys::mount(mount.type, mount.path, mount.type, MS_NOSUID, nullptr);
+    const long result = sys::mount(mount.type, mount.path, mount.type, mount.flags, nullptr);
     if (result < 0 && result != -EBUSY)
       print(Message() << "mounting " << mount.type << " on " << mount.path << ": " << result);
   }
@@ -379,7 +382,14 @@ bool mount_root(const char* source, const MountOptions& options, Message& failur
   const auto attempt = [&](const char* type) {
     const long result = sys::mount(source, new_root, type, options.flags, options.data.c_str());
     if (result == 0) return true;
-    failures << (failures.empty() ? "" : ", ") << type << ": " << result;
+    failures << (failures.empty() ? "" : ", ") << type << ": ";
+    if (result == -ENODEV) {
+      failures << "the kernel does not know this file system (ENODEV)";
+    } else if (result == -EACCES && !(options.flags & MS_RDONLY)) {
+      failures << "the device is read-only (EACCES)";
+    } else {
+      failures << result;
+    }
     return false;
   };
   Values types("fstype");

@@ -15,7 +15,7 @@ namespace vmm {
 namespace {
 
 constexpr size_t most_modules = 1024;
-constexpr uint32_t longest_index_bytes = 256 << 20;
+constexpr uint32_t longest_index_bytes = 64 << 20;
 
 char spelled(char c) { return c == '-' ? '_' : c; }
 
@@ -236,8 +236,6 @@ class Resolver {
   std::vector<KernelModule> modules_;
 };
 
-bool exists(const std::string& path) { return ::access(path.c_str(), F_OK) == 0; }
-
 }  // namespace
 
 Result<std::string> find_modules_directory(const std::string& modules_dir, const std::string& kernel_version) {
@@ -245,10 +243,14 @@ Result<std::string> find_modules_directory(const std::string& modules_dir, const
       kernel_version == "." || kernel_version == "..")
     return Error{"\"" + kernel_version + "\" is not a kernel version", EINVAL};
   const std::string parent = modules_dir.empty() ? "/lib/modules" : modules_dir;
-  if (!kernel_version.empty()) {
-    if (std::string directory = parent + "/" + kernel_version; exists(directory + "/modules.dep")) return directory;
+  std::vector<std::string> candidates;
+  if (!kernel_version.empty()) candidates.push_back(parent + "/" + kernel_version);
+  if (!modules_dir.empty()) candidates.push_back(modules_dir);
+  for (const std::string& candidate : candidates) {
+    const std::string index = candidate + "/modules.dep";
+    if (::access(index.c_str(), R_OK) == 0) return candidate;
+    if (errno == EACCES) return errno_error(index);
   }
-  if (!modules_dir.empty() && exists(modules_dir + "/modules.dep")) return modules_dir;
   return Error{"no modules of kernel " + (kernel_version.empty() ? "(version unknown)" : kernel_version) + " in " +
                    parent +
                    (modules_dir.empty() ? "; give --modules DIR"
