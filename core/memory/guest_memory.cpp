@@ -155,6 +155,15 @@ void GuestMemory::enable_dirty_tracking(bool enabled) {
   dirty_->enabled.store(enabled, std::memory_order_release);
 }
 
+bool GuestMemory::discard(GuestAddress start, uint64_t size_bytes) {
+  std::byte* host = slice(start, size_bytes);
+  if (!host || size_bytes == 0 || start.value % kPageSize != 0 || size_bytes % kPageSize != 0) return false;
+  // MADV_REMOVE punches a hole into the file behind a shared mapping.
+  if (::madvise(host, size_bytes, memfd_ ? MADV_REMOVE : MADV_DONTNEED) != 0) return false;
+  mark_dirty(start, size_bytes);
+  return true;
+}
+
 void GuestMemory::mark_dirty(GuestAddress start, uint64_t size_bytes) {
   if (!dirty_->enabled.load(std::memory_order_acquire) || size_bytes == 0) return;
   const size_t index = find_region(start, size_bytes);

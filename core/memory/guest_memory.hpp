@@ -81,6 +81,10 @@ class GuestMemory {
   requires std::is_trivially_copyable_v<T>
   [[nodiscard]] bool store(GuestAddress start, const T& value) { return write(start, &value, sizeof value); }
 
+  // Gives whole pages back to the host; they read as zeroes afterwards, and are marked dirty. False, and nothing done,
+  // unless the range is whole pages of one region. [any]
+  [[nodiscard]] bool discard(GuestAddress start, uint64_t size_bytes);
+
   // Dirty pages written by the host side; KVM's own log is apart. Off until enabled, with no mark set: marks then cost
   // one load. Enabling is [control], one caller at a time.
   void enable_dirty_tracking(bool enabled);

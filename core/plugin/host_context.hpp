@@ -24,10 +24,10 @@ struct HostContext {
 // The context's owner: services work on the VM of their caller. [any]
 inline HostContext& context_of(const clone_host* host) { return *static_cast<HostContext*>(host->context); }
 
-// A clone_host for one plugin or one device. It does not move: plugins keep its address.
+// A clone_host for one plugin or one device. It does not move: plugins keep its address. The context outlives it.
 class HostHandle {
  public:
-  HostHandle(std::string name, const HostContext& context);
+  HostHandle(std::string name, HostContext& context);
   HostHandle(const HostHandle&) = delete;
   HostHandle& operator=(const HostHandle&) = delete;
 
@@ -36,7 +36,6 @@ class HostHandle {
 
  private:
   std::string name_;
-  HostContext context_;
   clone_host raw_;
 };
 

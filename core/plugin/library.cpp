@@ -64,7 +64,8 @@ Result<const clone_plugin*> PluginLibrary::load(const PluginFile& file) {
   if (!plugin.manifest || !plugin.get_factory || file.manifest.id != plugin.manifest->id)
     return Error{plugin_name(file) + ": its entry function does not return what its manifest says"};
   if (plugin.init) {
-    auto* host = new HostHandle(file.manifest.id, HostContext{});
+    // Lasts as long as the plugin, which is never unloaded.
+    auto* host = new HostHandle(file.manifest.id, *new HostContext{});
     clone_err err{sizeof(clone_err), 0, {}};
     clone_status status = CLONE_ERR_INTERNAL;
     try {
