@@ -97,19 +97,19 @@ class Queue {
   enum class Pop { chain, empty, broken };
 
   Queue() = default;
-  Queue(const clone_host_virtqueue* table, clone_virtqueue* queue) : table_(table), queue_(queue) {}
+  Queue(const clone_host_virtqueue* table, clone_virtqueue* queue)
+      : table_(table), queue_(queue), size_(queue ? table->queue_size(queue) : 0) {}
 
   explicit operator bool() const { return queue_ != nullptr; }
   int kick_fd() const { return table_->kick_fd(queue_); }
-  uint32_t size() const { return table_->queue_size(queue_); }
+  uint32_t size() const { return size_; }
   clone_virtqueue* raw() const { return queue_; }
   const clone_host_virtqueue* table() const { return table_; }
 
   // broken: the driver broke a rule; ask the port for needs_reset().
   Pop pop(Chain& chain) const {
     assert(!chain.live_);
-    const uint32_t capacity = size();
-    if (chain.segments_.size() < capacity) chain.segments_.resize(capacity);
+    if (chain.segments_.size() < size_) chain.segments_.resize(size_);
     chain.raw_ = {};
     chain.raw_.size = sizeof(clone_chain);
     chain.raw_.capacity = static_cast<uint32_t>(chain.segments_.size());
@@ -131,6 +131,7 @@ class Queue {
  private:
   const clone_host_virtqueue* table_ = nullptr;
   clone_virtqueue* queue_ = nullptr;
+  uint32_t size_ = 0;
 };
 
 struct Activation {
