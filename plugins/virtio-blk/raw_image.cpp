@@ -49,6 +49,13 @@ void copy(std::span<const iovec> vectors, uint64_t size, Each&& each) {
   }
 }
 
+// Another open file description of the same file, whatever has become of its name.
+Result<Fd> open_again(int fd, int flags) {
+  Fd opened(::open(("/proc/self/fd/" + std::to_string(fd)).c_str(), flags | O_CLOEXEC));
+  if (!opened) return Error{std::strerror(errno), errno, CLONE_ERR_SYSTEM};
+  return opened;
+}
+
 struct FreeDeleter {
   void operator()(std::byte* memory) const { std::free(memory); }
 };
@@ -81,6 +88,7 @@ class RawImage final : public Image {
   int64_t bounce(const ImageRequest& request) const;
   void fill_with_zeroes(ImageRequest& request);
 
+  Fd lock_fd_;
   std::vector<Fd> fds_;
   std::vector<ImageFile> files_;
   uint64_t size_bytes_ = 0;
@@ -132,7 +140,9 @@ Result<void> RawImage::open_files(const ImageConfig& config, const clone_sdk::Ho
     host.log(CLONE_LOG_WARNING, "path=" + config.path + ": the last " + std::to_string(size % kSector) +
                                     " bytes are no whole sector and not part of the disk");
 
-  CLONE_TRY(lock_image(fd.get(), config.read_only, host));
+  // On an open file description of its own: io_uring lets go of those it knows some time after the process is gone.
+  lock_fd_ = CLONE_TRY(open_again(fd.get(), O_RDONLY));
+  CLONE_TRY(lock_image(lock_fd_.get(), config.read_only, host));
   flushes_ = config.cache != Cache::unsafe && !config.read_only;
 
   std::byte probe[kSector];
@@ -148,15 +158,10 @@ Result<void> RawImage::open_files(const ImageConfig& config, const clone_sdk::Ho
 // step with direct I/O as long as no page is used both ways at once.
 Result<void> RawImage::open_direct(const ImageConfig& config) {
   const ImageFile& cached = files_[kCached];
-  // Through /proc: the same file, whatever has become of its name.
-  const std::string again = "/proc/self/fd/" + std::to_string(cached.fd);
-  Fd fd(::open(again.c_str(), (config.read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_DIRECT));
-  if (!fd) {
-    const int code = errno;
-    return Error{code == EINVAL ? "cache=none is not possible on its file system; allowed are writeback and unsafe"
-                                : std::string("cache=none: ") + std::strerror(code),
-                 code, CLONE_ERR_SYSTEM};
-  }
+  auto opened = open_again(cached.fd, (config.read_only ? O_RDONLY : O_RDWR) | O_DIRECT);
+  if (!opened.ok() && opened.error().code == EINVAL)
+    return Error{"cache=none is not possible on its file system; allowed are writeback and unsafe", EINVAL};
+  Fd fd = CLONE_TRY(std::move(opened).context("cache=none"));
   direct_align_ = direct_memory_align_ = cached.block_device ? logical_block_bytes_ : kPage;
 #ifdef STATX_DIOALIGN
   struct statx status {};
