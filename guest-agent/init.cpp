@@ -29,7 +29,7 @@ extern "C" void* memset(void* to, int value, size_t size_bytes) {
 namespace {
 
 // These bounds are known to core/boot/initrd.cpp.
-constexpr size_t configuration_bytes = 64 * 1024;
+constexpr size_t configuration_bytes = 65536;
 constexpr int most_arguments = 256;  // the configuration's and the kernel's together
 constexpr size_t options_bytes = 4096;
 

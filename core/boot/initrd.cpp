@@ -9,7 +9,7 @@ namespace {
 
 constexpr size_t largest_file_bytes = 64 << 20;
 // What clone-init has room for.
-constexpr size_t longest_configuration_bytes = 64 * 1024 - 1;
+constexpr size_t longest_configuration_bytes = 65535;
 constexpr size_t most_init_arguments = 128;
 // mount(2) takes one page of options.
 constexpr size_t longest_options_bytes = 4095;

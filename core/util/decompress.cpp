@@ -11,7 +11,7 @@
 namespace vmm {
 namespace {
 
-constexpr size_t first_output_bytes = 64 * 1024;
+constexpr size_t first_output_bytes = 65536;
 constexpr uint64_t decoder_memory_limit_bytes = 128 << 20;
 
 Error corrupt(std::string_view name, std::string_view format, std::string_view reason) {
