@@ -33,11 +33,11 @@ struct AcpiNode {
   };
   using Resource = std::variant<Ports, Memory, Interrupt>;
 
-  std::string hid;  // "PNP0501" (EISA) or "LNRO0005" (ACPI)
-  std::string cid;  // the same; empty: none
-  std::optional<uint64_t> uid;
-  std::vector<Resource> resources;
-  aml::Bytes more;  // further terms in the device's scope
+  std::string hid;       // "PNP0501" (EISA) or "LNRO0005" (ACPI)
+  std::string cid = {};  // the same; empty: none
+  std::optional<uint64_t> uid = {};
+  std::vector<Resource> resources = {};
+  aml::Bytes more = {};  // further terms in the device's scope
 };
 
 // The node as AML, named by its index ("D000" to "DZZZ"), so that no two in a DSDT are alike. An error for an id that
@@ -79,19 +79,19 @@ struct AcpiConfig {
     unsigned bus_count = 0;  // 1 to 256, from bus 0
   };
 
-  unsigned vcpu_count = 1;               // APIC ids 0 to vcpu_count - 1
-  std::vector<aml::Bytes> device_nodes;  // in \_SB, in this order
+  unsigned vcpu_count = 1;                    // APIC ids 0 to vcpu_count - 1
+  std::vector<aml::Bytes> device_nodes = {};  // in \_SB, in this order
   // Without a PM block the machine is hardware-reduced: no PM registers, no PM timer, no legacy PICs.
-  std::optional<AcpiPmBlock> pm;
-  std::optional<AcpiSleepPorts> sleep_ports;
-  std::optional<AcpiReset> reset;
+  std::optional<AcpiPmBlock> pm = {};
+  std::optional<AcpiSleepPorts> sleep_ports = {};
+  std::optional<AcpiReset> reset = {};
   uint8_t s5_sleep_type = 5;  // what is written to power off
-  std::optional<PciConfigWindow> pci;
+  std::optional<PciConfigWindow> pci = {};
   uint8_t io_apic_id = 0;
   GuestAddress io_apic = layout::kIoApic;
   // KVM's own routing has the PIT at GSI 0, which needs none; where the VM routes it to pin 2, {0, 2} belongs here. The
   // SCI's is added by itself.
-  std::vector<InterruptOverride> overrides;
+  std::vector<InterruptOverride> overrides = {};
   bool has_i8042 = false;
   bool has_rtc = false;
 };

@@ -59,10 +59,10 @@ enum class PageTables {
 };
 
 struct BootConfig {
-  std::string command_line;
-  std::optional<InitrdPlace> initrd;
-  std::span<const MemoryRange> reserved;  // beside the core's own, e.g. the PCI configuration window
-  GuestAddress rsdp;                      // 0: no ACPI
+  std::string command_line = {};
+  std::optional<InitrdPlace> initrd = {};
+  std::span<const MemoryRange> reserved = {};  // beside the core's own, e.g. the PCI configuration window
+  GuestAddress rsdp = {};                      // 0: no ACPI
   PageTables page_tables = PageTables::four_gigabytes;
 };
 

@@ -133,7 +133,8 @@ Result<void> KernelFile::parse_bzimage(BootProtocol wanted) {
   if (!jump || !header_bytes) return wrong("truncated in the middle of its header");
   std::memcpy(&header, header_bytes->data(), header_bytes->size());
 
-  const std::string version = std::to_string(header.version >> 8) + "." + std::to_string(header.version & 0xff);
+  const unsigned minor = header.version & 0xff;
+  const std::string version = std::to_string(header.version >> 8) + (minor < 10 ? ".0" : ".") + std::to_string(minor);
   if (header.version < kLeastVersion) return wrong("boot protocol " + version + ": at least 2.12 is needed");
   if (header_end < offsetof(boot_params, hdr.kernel_info_offset)) return wrong("its header is too short");
   if (!(header.xloadflags & XLF_KERNEL_64)) return wrong("no 64-bit entry (a 32-bit kernel?)");
