@@ -153,7 +153,7 @@ const char* name_of(Verdict verdict) {
 }  // namespace
 
 ExitCode doctor_command(const Arguments& arguments) {
-  CLI::App app("Tell what this machine can do for virtual machines.", "doctor");
+  CLI::App app("Tell what this machine can do for virtual machines.", "clone doctor");
   bool as_json = false;
   bool question = false;
   app.add_flag("--json", as_json, "As JSON.");

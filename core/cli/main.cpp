@@ -5,8 +5,10 @@
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <string>
+#include <vector>
 
 #include "cli/command.hpp"
+#include "clone/abi/base.h"
 #include "util/log.hpp"
 
 namespace vmm {
@@ -85,7 +87,8 @@ Result<Catalogue> scan_plugins(const PluginPaths& paths) {
 
 Parsed parse(CLI::App& app, const Arguments& arguments) {
   try {
-    app.parse({arguments.rbegin(), arguments.rend()});
+    std::vector<std::string> reversed(arguments.rbegin(), arguments.rend());  // as CLI11 wants them
+    app.parse(reversed);
     return {};
   } catch (const CLI::CallForHelp&) {
     std::fputs(app.help().c_str(), stdout);
@@ -93,7 +96,7 @@ Parsed parse(CLI::App& app, const Arguments& arguments) {
   } catch (const CLI::ParseError& error) {
     std::string message = error.what();
     while (!message.empty() && message.back() == '\n') message.pop_back();
-    return {true, fail(Error{message + " (see clone " + app.get_name() + " --help)"}, ExitCode::usage)};
+    return {true, fail(Error{message + " (see " + app.get_name() + " --help)"}, ExitCode::usage)};
   }
 }
 

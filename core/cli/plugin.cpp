@@ -124,7 +124,7 @@ ExitCode check(const std::string& path, PluginTrust trust) {
 }  // namespace
 
 ExitCode plugin_command(const Arguments& arguments) {
-  CLI::App app("List, inspect and check plugins.", "plugin");
+  CLI::App app("List, inspect and check plugins.", "clone plugin");
   app.require_subcommand(1);
   PluginPaths paths;
   add_plugin_options(app, paths);

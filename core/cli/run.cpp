@@ -74,8 +74,8 @@ ExitCode run_command(const Arguments& arguments) {
   const std::vector<Setting> settings = all_settings(*catalogue);
 
   RunOptions options;
-  CLI::App app("Boot a virtual machine.", "run");
-  app.usage("Usage: clone run --kernel FILE [--rootfs FILE | --initrd FILE] [OPTION…]");
+  CLI::App app("Boot a virtual machine: clone run --kernel FILE [--rootfs FILE | --initrd FILE] [OPTIONS]",
+               "clone run");
   for (const Setting& setting : settings) add_setting(app, setting, options.settings);
   app.add_option("--profile", options.profile, "Settings from a YAML file; flags win over it.")
       ->type_name("FILE")
