@@ -67,6 +67,13 @@ Result<void> ConsoleHub::attach(const std::string& owner, Input input, void* con
   return {};
 }
 
+void ConsoleHub::detach(const std::string& owner) {
+  if (owner != owner_) return;
+  owner_.clear();
+  input_ = nullptr;
+  device_has_room_ = true;
+}
+
 void ConsoleHub::input_wanted() {
   loop_.post([this, alive = alive_] {
     if (!*alive) return;

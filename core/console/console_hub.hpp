@@ -57,6 +57,8 @@ class ConsoleHub {
   // The functions of clone.host-console/1.
   using Input = uint64_t (*)(void* context, const void* data, uint64_t size_bytes);
   Result<void> attach(const std::string& owner, Input input, void* context);
+  // The device goes; another may become the console. Harmless for one that is not the console.
+  void detach(const std::string& owner);
   void input_wanted();
   void write(std::string_view bytes) { output_.write(bytes); }
 

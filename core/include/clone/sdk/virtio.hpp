@@ -2,6 +2,8 @@
 // A virtio device as a class, its queues, and chains as spans. A device written with it knows no transport.
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cassert>
 #include <span>
@@ -53,6 +55,17 @@ class Chain {
     });
   }
 
+  // Takes another's chain over, with room for its segments only: many can then be in flight in little memory, while one
+  // chain object with room for the longest is used for every pop().
+  void take(Chain& other) {
+    assert(!live_ && other.live_);
+    raw_ = other.raw_;
+    segments_.assign(other.segments_.begin(), other.segments_.begin() + (raw_.readable_count + raw_.writable_count));
+    raw_.segments = segments_.data();
+    raw_.capacity = static_cast<uint32_t>(segments_.size());
+    live_ = std::exchange(other.live_, false);
+  }
+
   // The queue it came from was reset: it needs not be given back.
   void abandon() { live_ = false; }
 
@@ -91,6 +104,16 @@ class Queue {
 
   explicit operator bool() const { return queue_ != nullptr; }
   int kick_fd() const { return table_->kick_fd(queue_); }
+  // Empties kick_fd, before looking for chains.
+  void clear_kick() const {
+    uint64_t count;
+    [[maybe_unused]] const ssize_t size_bytes = ::read(kick_fd(), &count, sizeof count);
+  }
+  // Signals kick_fd: come back later, after whatever else the loop has to do.
+  void kick() const {
+    const uint64_t one = 1;
+    [[maybe_unused]] const ssize_t size_bytes = ::write(kick_fd(), &one, sizeof one);
+  }
   uint32_t size() const { return size_; }
   clone_virtqueue* raw() const { return queue_; }
   const clone_host_virtqueue* table() const { return table_; }
@@ -135,6 +158,7 @@ class VirtioDevice : public Device {
   using Device::Device;
 
   virtual uint64_t features() const = 0;
+  virtual uint64_t ring_features(uint64_t offered) const { return offered; }
   virtual uint32_t queue_count() const = 0;
   virtual uint32_t queue_max_size(uint32_t index) const = 0;
   virtual uint32_t config_size() const { return 0; }
@@ -168,7 +192,8 @@ class VirtioDeviceOf : public VirtioDevice {
           self(device).write_config(offset, data, size_bytes);
         },
         activate_thunk,
-        [](void* device) noexcept { self(device).reset_queues(); }};
+        [](void* device) noexcept { self(device).reset_queues(); },
+        [](void* device, uint64_t offered) noexcept { return self(device).ring_features(offered); }};
     return id == CLONE_VIRTIO_DEVICE ? &table : nullptr;
   }
 
