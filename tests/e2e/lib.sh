@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# What an end-to-end case is written with; tests/e2e/run-here sources it before the case.
+# What an end-to-end case is written with; run-here sources it before the case.
 # Given: CLONE, KERNEL_CLOUD, KERNEL_GENERIC, FIXTURES, WORK (an empty directory, where the case starts), TIME_LIMIT (seconds).
 set -Eeuo pipefail
-trap 'echo "${BASH_SOURCE[0]##*/}:$LINENO: status $?: $BASH_COMMAND" >&2' ERR
+trap 'echo "${BASH_SOURCE[0]-}:$LINENO: status $?: $BASH_COMMAND" >&2' ERR
 
 fail() { echo "failed: $*" >&2; exit 1; }
 skip() { echo "$*"; exit 77; } # the reason is the last line of the log
@@ -23,7 +23,12 @@ within() { # SECONDS COMMAND…: repeats COMMAND until it succeeds
 run_clone() { # [--timeout SECONDS] ARG…: the VM's console goes to $WORK/console.log; the status is that of `clone run`
   local limit=$TIME_LIMIT
   if [[ $1 == --timeout ]]; then limit=$2; shift 2; fi
-  timeout --kill-after=5 "$limit" "$CLONE" run "$@" </dev/null >"$WORK/console.log" 2>&1
+  timeout --foreground --kill-after=5 "$limit" "$CLONE" run "$@" </dev/null >"$WORK/console.log" 2>&1
+}
+
+start_clone() { # ARG…: the same in the background, as process $clone_process, which takes every signal
+  (trap - INT; exec "$CLONE" run "$@" </dev/null >"$WORK/console.log" 2>&1) & # bash ignores SIGINT in the background
+  clone_process=$!
 }
 
 encode_run() { # SCRIPT: the word for the kernel command line that makes a fixture's init run it
