@@ -256,6 +256,7 @@ Result<void> KernelFile::load_into(GuestMemory& memory) const {
   for (const Segment& segment : segments_) {
     const uint64_t size_bytes = segment.content.size() + segment.zero_bytes;
     std::byte* into = memory.slice(segment.address, size_bytes);
+    memory.prefault(segment.address, segment.content.size());
     std::memcpy(into, segment.content.data(), segment.content.size());
     std::memset(into + segment.content.size(), 0, segment.zero_bytes);
     memory.mark_dirty(segment.address, size_bytes);
@@ -278,6 +279,7 @@ Result<InitrdPlace> find_initrd_place(const GuestMemory& memory, const KernelIma
 
 Result<InitrdPlace> place_initrd(GuestMemory& memory, const KernelImage& kernel, std::span<const std::byte> content) {
   const InitrdPlace initrd = TRY(find_initrd_place(memory, kernel, content.size()));
+  memory.prefault(initrd.start, content.size());
   if (!memory.write(initrd.start, content.data(), content.size()) && !content.empty()) {
     return Error{"initrd: " + hex(initrd.start.value) + " is not memory", EFAULT};
   }

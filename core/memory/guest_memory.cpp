@@ -126,6 +126,13 @@ std::byte* GuestMemory::slice(GuestAddress start, uint64_t size_bytes) const {
   return regions_[index].host + (start.value - regions_[index].start.value);
 }
 
+void GuestMemory::prefault(GuestAddress start, uint64_t size_bytes) const {
+  std::byte* first = slice(start, size_bytes);
+  if (!first) return;
+  const uint64_t in_page = reinterpret_cast<uintptr_t>(first) % kPageSize;
+  ::madvise(first - in_page, size_bytes + in_page, MADV_POPULATE_WRITE);
+}
+
 bool GuestMemory::read(GuestAddress start, void* into, uint64_t size_bytes) const {
   const std::byte* from = slice(start, size_bytes);
   if (!from) return false;

@@ -66,6 +66,9 @@ class GuestMemory {
   // The end of the memory below the hole: where what must have a 32-bit address has to fit.
   GuestAddress low_end() const { return regions_.front().start + regions_.front().size_bytes; }
 
+  // Makes the pages of a range present now, before they are filled: cheaper than by a fault each. Only a hint. [any]
+  void prefault(GuestAddress start, uint64_t size_bytes) const;
+
   // Copies; false, and nothing done, when the range is not memory. write() marks pages dirty. [any]
   [[nodiscard]] bool read(GuestAddress start, void* into, uint64_t size_bytes) const;
   [[nodiscard]] bool write(GuestAddress start, const void* from, uint64_t size_bytes);

@@ -110,7 +110,8 @@ Result<void> Machine::make_devices() {
     const auto* table =
         static_cast<const clone_virtio_device*>(instance.ops.get_extension(instance.device, CLONE_VIRTIO_DEVICE));
     if (!table || &instance == &transport) continue;
-    const clone_virtio_attachment attachment{sizeof attachment, 0, instance.host.raw()->name, instance.device, table};
+    const clone_virtio_attachment attachment{sizeof attachment, 0,     instance.host.raw()->name,
+                                             instance.device,   table, instance.host.raw()};
     TRY(call_plugin(transport, "while a device was attached",
                     [&](clone_err* err) { return plan_.transport.attach(transport.device, &attachment, err); }));
   }

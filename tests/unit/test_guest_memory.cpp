@@ -104,6 +104,19 @@ TEST_CASE("memory: a memfd holds both regions, sealed against a change of size")
   CHECK(::ftruncate(memory.memfd(), 4096) == -1);
 }
 
+TEST_CASE("memory: prefaulted pages are present, and no others") {
+  GuestMemory memory = make(16 * kMiB);
+  ::madvise(memory.regions()[0].host, 16 * kMiB, MADV_NOHUGEPAGE);
+  memory.prefault({5 * kPageSize + 1}, kPageSize);
+  memory.prefault({16 * kMiB}, 1);
+  std::vector<unsigned char> present(16 * kMiB / kPageSize);
+  REQUIRE(::mincore(memory.regions()[0].host, 16 * kMiB, present.data()) == 0);
+  CHECK(present[4] == 0);
+  CHECK(present[5] == 1);
+  CHECK(present[6] == 1);
+  CHECK(present[7] == 0);
+}
+
 TEST_CASE("memory: dirty marks") {
   GuestMemory memory = make(3 * kGiB + kMiB);
   const std::byte data[3 * kPageSize]{};
