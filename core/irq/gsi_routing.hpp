@@ -24,7 +24,9 @@ class GsiRouting {
 
   // A GSI for one message, which goes nowhere yet. [any]
   Result<uint32_t> allocate();
-  // The message of an allocated GSI; none while it is masked: interrupts then are dropped. [any]
+  // The message of an allocated GSI; none while it is masked: interrupts then are dropped. KVM looks for the route of
+  // an irqfd's signal a moment later where it found none, so one that comes just before a message is set may pass.
+  // [any]
   Result<void> set(uint32_t gsi, std::optional<MsiMessage> message);
   Result<void> free(uint32_t gsi);
 

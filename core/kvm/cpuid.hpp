@@ -2,11 +2,11 @@
 // The CPUID of a vCPU: what KVM supports, with the topology of the VM in place of the host's.
 #pragma once
 
-#include <linux/kvm.h>
-
 #include <cstdint>
 #include <span>
 #include <vector>
+
+#include "kvm/api.hpp"
 
 namespace vmm {
 

@@ -2,8 +2,6 @@
 // KVM and a virtual machine of it, as objects: every call of the API that the core uses but those of a vCPU.
 #pragma once
 
-#include <linux/kvm.h>
-
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -11,6 +9,7 @@
 #include <vector>
 
 #include "bus/bus.hpp"
+#include "kvm/api.hpp"
 #include "memory/guest_memory.hpp"
 #include "util/fd.hpp"
 #include "util/result.hpp"

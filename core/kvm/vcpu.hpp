@@ -2,14 +2,13 @@
 // One vCPU of KVM: its registers and other state, its entry into a kernel, KVM_RUN.
 #pragma once
 
-#include <linux/kvm.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "kvm/api.hpp"
 #include "kvm/kvm.hpp"
 #include "util/fd.hpp"
 #include "util/mapping.hpp"
