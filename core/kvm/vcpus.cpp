@@ -201,7 +201,7 @@ std::optional<VcpuStop> Vcpus::run_until_stop(Worker& worker) {
   Bus::View mmio(mmio_);
   bool entered = vcpu.id() != 0 || first_entry_ns_.load() != 0;
   for (;;) {
-    if (vcpu.run_page().immediate_exit) set_immediate_exit(vcpu, false);
+    set_immediate_exit(vcpu, false);
     worker.in_kvm.store(true);
     const bool asked = request_.load() != Request::run;
     if (asked) {
