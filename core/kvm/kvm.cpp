@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "boot/layout.hpp"
 #include "kvm/ioctl.hpp"
 
 namespace vmm {
@@ -86,11 +87,12 @@ Result<std::vector<uint32_t>> Kvm::msr_indices() const {
   return indices;
 }
 
-Result<KvmVm> KvmVm::create(const Kvm& kvm, const KvmReservedPages& reserved) {
+Result<KvmVm> KvmVm::create(const Kvm& kvm) {
   KvmVm vm{Fd(TRY(KVM_CALL(kvm.fd(), KVM_CREATE_VM, 0)))};
-  uint64_t identity_map = reserved.identity_map.value;
+  // Pages that KVM keeps for itself on Intel CPUs without unrestricted guest.
+  uint64_t identity_map = layout::kKvmIdentityMap.value;
   TRY(KVM_CALL(vm.fd(), KVM_SET_IDENTITY_MAP_ADDR, &identity_map));
-  TRY(KVM_CALL(vm.fd(), KVM_SET_TSS_ADDR, reserved.task_state.value));
+  TRY(KVM_CALL(vm.fd(), KVM_SET_TSS_ADDR, layout::kKvmTss.value));
 
   kvm_enable_cap enable{};
   enable.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;

@@ -60,17 +60,10 @@ enum class Irqchip : uint32_t {
   ioapic = KVM_IRQCHIP_IOAPIC,
 };
 
-// Pages below 4 GiB, outside memory, that KVM keeps for itself on Intel CPUs without unrestricted guest: one for the
-// identity map, three for a task state segment.
-struct KvmReservedPages {
-  GuestAddress identity_map{0xfffb'c000};
-  GuestAddress task_state{0xfffb'd000};
-};
-
 // Each call is [any] unless said otherwise.
 class KvmVm {
  public:
-  static Result<KvmVm> create(const Kvm& kvm, const KvmReservedPages& reserved = {});
+  static Result<KvmVm> create(const Kvm& kvm);
 
   int fd() const { return fd_.get(); }
   int capability(int number) const;

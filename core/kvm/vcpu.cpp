@@ -43,46 +43,19 @@ constexpr size_t kApicLint1 = 0x360;
 constexpr uint32_t kApicDeliverNmi = 0x400;
 constexpr uint32_t kApicDeliverExtInt = 0x700;
 
-constexpr uint64_t kRflagsReserved = 0x2;  // bit 1 is always set
-constexpr uint64_t kCr0ProtectedMode = 1 << 0;
-constexpr uint64_t kCr0ExtensionType = 1 << 4;  // always 1
-constexpr uint64_t kCr0Paging = 1ull << 31;
-constexpr uint64_t kCr4PhysicalAddressExtension = 1 << 5;
-constexpr uint64_t kEferLongMode = 1 << 8 | 1 << 10;  // enabled and active
-
-constexpr uint16_t kBootCodeSelector = 0x10;
-constexpr uint16_t kBootDataSelector = 0x18;
-constexpr uint16_t kBootTaskSelector = 0x20;
-constexpr uint16_t kBootGdtBytes = 6 * 8;  // the 64-bit task segment takes two
-
-// Segment types (Intel SDM vol. 3, §3.4.5.1): accessed code, accessed data, busy task segment.
-constexpr uint8_t kCode = 0xb;
-constexpr uint8_t kData = 0x3;
-constexpr uint8_t kTask = 0xb;
-
-enum class CodeWidth { bits32, bits64 };
-
-kvm_segment segment(uint16_t selector, uint8_t type, uint32_t limit) {
-  kvm_segment state{};
-  state.selector = selector;
-  state.type = type;
-  state.limit = limit;
-  state.present = 1;
-  return state;
-}
-
-void set_flat_segments(kvm_sregs& sregs, CodeWidth width) {
-  sregs.cs = segment(kBootCodeSelector, kCode, 0xffff'ffff);
-  sregs.ds = segment(kBootDataSelector, kData, 0xffff'ffff);
-  for (kvm_segment* flat : {&sregs.cs, &sregs.ds}) flat->s = flat->g = flat->db = 1;
-  if (width == CodeWidth::bits64) {
-    sregs.cs.l = 1;
-    sregs.cs.db = 0;
-  }
-  sregs.es = sregs.fs = sregs.gs = sregs.ss = sregs.ds;
-  sregs.tr = segment(kBootTaskSelector, kTask, 0x67);
-  sregs.gdt = {};
-  sregs.idt = {};
+kvm_segment segment_of(const SegmentState& from) {
+  kvm_segment segment{};
+  segment.base = from.base;
+  segment.limit = from.limit;
+  segment.selector = from.selector;
+  segment.type = from.type;
+  segment.present = from.present;
+  segment.dpl = from.dpl;
+  segment.db = from.db;
+  segment.s = from.s;
+  segment.l = from.l;
+  segment.g = from.g;
+  return segment;
 }
 
 std::string leaf_name(uint32_t function) {
@@ -307,36 +280,27 @@ Result<void> KvmVcpu::set_boot_state() const {
   return set(apic);
 }
 
-Result<void> KvmVcpu::set_entry_long_mode(uint64_t rip, uint64_t rsi, uint64_t rsp, uint64_t cr3,
-                                          uint64_t gdt_base) const {
-  auto sregs = TRY(get<kvm_sregs>());
-  set_flat_segments(sregs, CodeWidth::bits64);
-  sregs.gdt.base = gdt_base;
-  sregs.gdt.limit = kBootGdtBytes - 1;
-  sregs.cr0 = kCr0ProtectedMode | kCr0ExtensionType | kCr0Paging;
-  sregs.cr3 = cr3;
-  sregs.cr4 = kCr4PhysicalAddressExtension;
-  sregs.efer = kEferLongMode;
+Result<void> KvmVcpu::apply_entry(const EntryState& entry) const {
+  auto sregs = TRY(get<kvm_sregs>());  // keeps the APIC's base
+  sregs.cs = segment_of(entry.code);
+  sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = segment_of(entry.data);
+  sregs.tr = segment_of(entry.task);
+  sregs.gdt = {};
+  sregs.gdt.base = entry.gdt_base;
+  sregs.gdt.limit = entry.gdt_limit;
+  sregs.idt = {};
+  sregs.cr0 = entry.cr0;
+  sregs.cr3 = entry.cr3;
+  sregs.cr4 = entry.cr4;
+  sregs.efer = entry.efer;
   TRY(set(sregs));
-  kvm_regs regs{};
-  regs.rip = rip;
-  regs.rsi = rsi;
-  regs.rsp = rsp;
-  regs.rflags = kRflagsReserved;
-  return set(regs);
-}
 
-Result<void> KvmVcpu::set_entry_protected_mode(uint64_t rip, uint64_t rbx) const {
-  auto sregs = TRY(get<kvm_sregs>());
-  set_flat_segments(sregs, CodeWidth::bits32);
-  sregs.cr0 = kCr0ProtectedMode | kCr0ExtensionType;
-  sregs.cr4 = 0;
-  sregs.efer = 0;
-  TRY(set(sregs));
   kvm_regs regs{};
-  regs.rip = rip;
-  regs.rbx = rbx;
-  regs.rflags = kRflagsReserved;
+  regs.rip = entry.rip;
+  regs.rsp = entry.rsp;
+  regs.rsi = entry.rsi;
+  regs.rbx = entry.rbx;
+  regs.rflags = entry.rflags;
   return set(regs);
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "boot/entry.hpp"
 #include "kvm/api.hpp"
 #include "kvm/kvm.hpp"
 #include "util/fd.hpp"
@@ -58,11 +59,8 @@ class KvmVcpu {
   // What firmware leaves behind: memory write-back, fast strings, time stamp 0; on vCPU 0 the APIC in virtual wire
   // mode. After set_cpuid().
   Result<void> set_boot_state() const;
-  // Linux boot protocol, 64-bit entry: long mode, paging on, flat segments __BOOT_CS 0x10 and __BOOT_DS 0x18,
-  // interrupts off. The GDT in memory has to agree.
-  Result<void> set_entry_long_mode(uint64_t rip, uint64_t rsi, uint64_t rsp, uint64_t cr3, uint64_t gdt_base) const;
-  // PVH: protected mode, paging off, flat 32-bit segments, the start info in ebx.
-  Result<void> set_entry_protected_mode(uint64_t rip, uint64_t rbx) const;
+  // The registers that a kernel finds at its first instruction.
+  Result<void> apply_entry(const EntryState& entry) const;
 
  private:
   KvmVcpu(Fd fd, uint32_t id, Mapping run_page, size_t xsave_bytes)

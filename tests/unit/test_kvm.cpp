@@ -2,10 +2,7 @@
 // Bare guests of a few instructions on /dev/kvm: accesses to the buses, interrupts, pausing and stopping of vCPUs.
 #include <doctest/doctest.h>
 
-#include <poll.h>
 #include <sys/eventfd.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -14,6 +11,8 @@
 #include <initializer_list>
 #include <thread>
 
+#include "boot/entry.hpp"
+#include "boot/layout.hpp"
 #include "bus/bus.hpp"
 #include "irq/gsi_routing.hpp"
 #include "kvm/vcpus.hpp"
@@ -37,36 +36,33 @@ constexpr auto kLimit = 10s;  // the machine may be busy
 constexpr uint16_t kCode = 0x1000;
 constexpr uint64_t kMmio = 0xd000'0000;
 
-// 64 KiB at 0 (real mode), or more.
+// 2 MiB of memory at 0.
 struct Machine {
   Kvm kvm;
   KvmVm vm;
-  Mapping memory;
+  GuestMemory memory;
 
-  static Machine create(size_t memory_bytes = 0x10000) {
+  static constexpr uint64_t kPages = 512;
+
+  static Machine create() {
     auto kvm = Kvm::open();
     REQUIRE_MESSAGE(kvm.ok(), kvm.error().message);
     auto vm = KvmVm::create(*kvm);
     REQUIRE_MESSAGE(vm.ok(), vm.error().message);
-    void* start = ::mmap(nullptr, memory_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    REQUIRE(start != MAP_FAILED);
-    Machine machine{std::move(*kvm), std::move(*vm), Mapping(start, memory_bytes)};
-    REQUIRE(machine.vm.set_memory_slot(0, {GuestAddress{0}, memory_bytes, machine.memory.data()}).ok());
+    auto memory = GuestMemory::create({.size_bytes = kPages * kPageSize});
+    REQUIRE_MESSAGE(memory.ok(), memory.error().message);
+    Machine machine{std::move(*kvm), std::move(*vm), std::move(*memory)};
+    REQUIRE(machine.vm.set_memory_slot(0, machine.region()).ok());
     return machine;
   }
 
-  void write(uint64_t address, std::initializer_list<int> bytes) {
-    for (const int byte : bytes) memory.data()[address++] = static_cast<std::byte>(byte);
-  }
-  template <typename T>
-  void store(uint64_t address, T value) {
-    std::memcpy(memory.data() + address, &value, sizeof value);
+  const GuestMemory::Region& region() const { return memory.regions().front(); }
+  void write(uint64_t address, std::initializer_list<uint8_t> bytes) {
+    REQUIRE(memory.write(GuestAddress{address}, bytes.begin(), bytes.size()));
   }
   template <typename T>
   T load(uint64_t address) const {
-    T value;
-    std::memcpy(&value, memory.data() + address, sizeof value);
-    return value;
+    return memory.load<T>(GuestAddress{address}).value();
   }
 };
 
@@ -86,17 +82,16 @@ void enter_real_mode(KvmVcpu& vcpu, uint16_t ip) {
   REQUIRE(vcpu.set(regs).ok());
 }
 
-// Identity map, by 2 MiB pages, of the first 2 MiB and those of kMmio.
-void enter_long_mode(Machine& machine, KvmVcpu& vcpu, uint64_t rip, uint64_t rsi = 0) {
-  machine.store<uint64_t>(0x2000, 0x3003);
-  machine.store<uint64_t>(0x3000, 0x4003);
-  machine.store<uint64_t>(0x3000 + (kMmio >> 30) * 8, 0x5003);
-  machine.store<uint64_t>(0x4000, 0x83);
-  machine.store<uint64_t>(0x5000 + (kMmio >> 21 & 0x1ff) * 8, kMmio | 0x83);
-  machine.store<uint64_t>(0x510, 0x00af'9b00'0000'ffff);
-  machine.store<uint64_t>(0x518, 0x00cf'9300'0000'ffff);
-  REQUIRE(vcpu.set_entry_long_mode(rip, rsi, 0x8000, 0x2000, 0x500).ok());
+void enter_kernel(Machine& machine, KvmVcpu& vcpu, BootProtocol protocol) {
+  KernelImage kernel;
+  kernel.protocol = protocol;
+  kernel.entry = kernel.start = kernel.end = GuestAddress{kCode};
+  const auto entry = prepare_entry(machine.memory, kernel, {});
+  REQUIRE_MESSAGE(entry.ok(), entry.error().message);
+  REQUIRE(vcpu.apply_entry(*entry).ok());
 }
+
+void enter_long_mode(Machine& machine, KvmVcpu& vcpu) { enter_kernel(machine, vcpu, BootProtocol::linux64); }
 
 // What vCPUs write to port 0x10 (bytes), to 0xd0000000 (anything), and why they stopped.
 struct Observer {
@@ -248,13 +243,13 @@ TEST_CASE("long mode: MMIO of every size") {
                         0x48, 0x89, 0x04, 0x25, 0x00, 0x06, 0x00, 0x00,  // mov [0x600], rax
                         0xf4});                                          // hlt
   auto vcpus = bare_vcpu_of(machine);
-  enter_long_mode(machine, vcpus[0], kCode, 0x0123'4567'89ab'cdef);
+  enter_long_mode(machine, vcpus[0]);
   Vcpus running(std::move(vcpus), observer.pio, observer.mmio, observer.on_stop());
   REQUIRE(running.start().ok());
   REQUIRE(observer.wait_stopped());
   CHECK_MESSAGE(observer.stop->reason == StopReason::halt, observer.stop->message);
   const std::vector<std::pair<uint64_t, uint64_t>> expected{
-      {0, 1}, {2, 0x202}, {4, 0x404'0404}, {8, 0x0123'4567'89ab'cdef}};
+      {0, 1}, {2, 0x202}, {4, 0x404'0404}, {8, layout::kBootInfo.value}};
   CHECK(observer.mmio_writes == expected);
   CHECK(machine.load<uint64_t>(0x600) == 0x1122'3344'5566'7710);
 }
@@ -266,12 +261,12 @@ TEST_CASE("protected mode without paging, as PVH enters") {
                         0xa3, 0x00, 0x06, 0x00, 0x00,  // mov [0x600], eax
                         0xf4});                        // hlt
   auto vcpus = bare_vcpu_of(machine);
-  REQUIRE(vcpus[0].set_entry_protected_mode(kCode, 0xcafe'f00d).ok());
+  enter_kernel(machine, vcpus[0], BootProtocol::pvh);
   Vcpus running(std::move(vcpus), observer.pio, observer.mmio, observer.on_stop());
   REQUIRE(running.start().ok());
   REQUIRE(observer.wait_stopped());
   CHECK_MESSAGE(observer.stop->reason == StopReason::halt, observer.stop->message);
-  CHECK(machine.load<uint32_t>(0x600) == 0xcafe'f00d);
+  CHECK(machine.load<uint32_t>(0x600) == layout::kBootInfo.value);
 }
 
 TEST_CASE("a triple fault is a reset, and the VM can be started again") {
@@ -279,7 +274,7 @@ TEST_CASE("a triple fault is a reset, and the VM can be started again") {
   Observer observer;
   machine.write(kCode, {0x0f, 0x0b});  // ud2, and no interrupt table
   auto vcpus = bare_vcpu_of(machine);
-  enter_long_mode(machine, vcpus[0], kCode);
+  enter_long_mode(machine, vcpus[0]);
   Vcpus running(std::move(vcpus), observer.pio, observer.mmio, observer.on_stop());
   REQUIRE(running.start().ok());
   REQUIRE(observer.wait_stopped());
@@ -290,7 +285,7 @@ TEST_CASE("a triple fault is a reset, and the VM can be started again") {
   running.stop_all();
   observer.stopped = false;
   machine.write(kCode, {0xf4});
-  enter_long_mode(machine, running.vcpu(0), kCode);
+  enter_long_mode(machine, running.vcpu(0));
   REQUIRE(running.start().ok());
   REQUIRE(observer.wait_stopped());
   CHECK_MESSAGE(observer.stop->reason == StopReason::halt, observer.stop->message);
@@ -307,7 +302,7 @@ TEST_CASE("a spinning vCPU pauses, resumes and stops") {
   Vcpus running(std::move(vcpus), observer.pio, observer.mmio, observer.on_stop());
   REQUIRE(running.start().ok());
   const auto counter = [&] {
-    return std::atomic_ref(*reinterpret_cast<uint16_t*>(machine.memory.data() + 0x600)).load();
+    return std::atomic_ref(*reinterpret_cast<uint16_t*>(machine.region().host + 0x600)).load();
   };
   REQUIRE(within(kLimit, [&] { return counter() > 0; }));
 
@@ -405,7 +400,7 @@ TEST_CASE("an instruction that KVM cannot emulate stops the VM with its bytes") 
   machine.write(kCode, {0xbb, 0x00, 0x00, 0x00, 0xd0,  // mov ebx, 0xd0000000
                         0xd9, 0x03});                  // fld dword [rbx]
   auto vcpus = bare_vcpu_of(machine);
-  enter_long_mode(machine, vcpus[0], kCode);
+  enter_long_mode(machine, vcpus[0]);
   Vcpus running(std::move(vcpus), observer.pio, observer.mmio, observer.on_stop());
   REQUIRE(running.start().ok());
   REQUIRE(observer.wait_stopped());
@@ -420,8 +415,8 @@ TEST_CASE("an irqfd interrupts a halted vCPU, by line and by message") {
   REQUIRE(machine.vm.create_irqchip().ok());
   Observer observer;
   // Vectors 0x20 + 5 (the PIC's line 5) and 0x40 (the message): count to a port, so that the bus sees them.
-  machine.store<uint32_t>(0x25 * 4, 0x1800);
-  machine.store<uint32_t>(0x40 * 4, 0x1900);
+  machine.write(0x25 * 4, {0x00, 0x18, 0, 0});
+  machine.write(0x40 * 4, {0x00, 0x19, 0, 0});
   machine.write(0x1800, {0xb0, 'L', 0xe6, 0x10,   // mov al, 'L'; out 0x10, al
                          0xb0, 0x20, 0xe6, 0x20,  // end of interrupt to the PIC
                          0xcf});                  // iret
@@ -510,7 +505,7 @@ TEST_CASE("an ioeventfd takes matching writes out of the guest's way") {
                         0xe6, 0x10,                       // out 0x10, al
                         0xeb, 0xfe});                     // jmp $
   auto vcpus = vcpus_of(machine, 1);
-  enter_long_mode(machine, vcpus[0], kCode);
+  enter_long_mode(machine, vcpus[0]);
   Fd seven(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   Fd port(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   const IoEvent mmio_seven{BusSpace::mmio, kMmio, 4, 7};
@@ -661,8 +656,7 @@ TEST_CASE("a refused MSR is left out and the others are set") {
 TEST_CASE("the dirty log tells which pages were written") {
   Machine machine = Machine::create();
   Observer observer;
-  REQUIRE(
-      machine.vm.set_memory_slot(0, {GuestAddress{0}, 0x10000, machine.memory.data()}, KVM_MEM_LOG_DIRTY_PAGES).ok());
+  REQUIRE(machine.vm.set_memory_slot(0, machine.region(), KVM_MEM_LOG_DIRTY_PAGES).ok());
   machine.write(kCode, {0xa2, 0x00, 0x30,  // mov [0x3000], al
                         0xa2, 0x00, 0x70,  // mov [0x7000], al
                         0xf4});            // hlt
@@ -671,12 +665,12 @@ TEST_CASE("the dirty log tells which pages were written") {
   Vcpus running(std::move(vcpus), observer.pio, observer.mmio, observer.on_stop());
   REQUIRE(running.start().ok());
   REQUIRE(observer.wait_stopped());
-  const auto log = machine.vm.dirty_log(0, 16);
+  const auto log = machine.vm.dirty_log(0, Machine::kPages);
   REQUIRE(log.ok());
-  CHECK(log->size() == 1);
+  CHECK(log->size() == Machine::kPages / 64);
   CHECK(log->front() == ((1u << 3) | (1u << 7)));
-  if (machine.vm.dirty_log_is_manual()) REQUIRE(machine.vm.clear_dirty_log(0, 0, 16, *log).ok());
-  CHECK(machine.vm.dirty_log(0, 16)->front() == 0);
-  CHECK(!machine.vm.clear_dirty_log(0, 0, 128, *log).ok());
+  if (machine.vm.dirty_log_is_manual()) REQUIRE(machine.vm.clear_dirty_log(0, 0, Machine::kPages, *log).ok());
+  CHECK(machine.vm.dirty_log(0, Machine::kPages)->front() == 0);
+  CHECK(!machine.vm.clear_dirty_log(0, 0, Machine::kPages + 64, *log).ok());
   CHECK(machine.vm.remove_memory_slot(0).ok());
 }
