@@ -74,7 +74,7 @@ Result<void> Machine::build(Timing& timing) {
   timing.mark("memory");
   kvm_ = TRY(Kvm::open());
   TRY(kvm_->check_vcpu_count(plan.vcpus));
-  vm_ = TRY(KvmVm::create(*kvm_, {layout::kKvmIdentityMap, layout::kKvmTss}));
+  vm_ = TRY(KvmVm::create(*kvm_));
   timing.mark("kvm");
   TRY(vm_->create_irqchip());
   gsi_routing_.emplace(*vm_);
@@ -141,7 +141,7 @@ Result<void> Machine::load(const KernelFile& kernel, Timing& timing) {
   timing.mark("acpi, boot parameters");
 
   auto vcpus = TRY(create_vcpus(*kvm_, *vm_, {plan_.plan.vcpus}));
-  TRY(vcpus.front().set_entry(entry));
+  TRY(vcpus.front().apply_entry(entry));
   vcpus_ = std::make_unique<Vcpus>(std::move(vcpus), pio_, mmio_, [this](const VcpuStop& stop) {
     const bool guests_doing = stop.reason == StopReason::reset || stop.reason == StopReason::crash;
     end(stop.reason == StopReason::shutdown ? Ending::power_off
