@@ -214,6 +214,8 @@ Result<std::vector<std::string>> Machine::guest_modules(const KernelImage& kerne
 std::string Machine::command_line() {
   std::string line = kBaseArguments;
   if (plan_.plan.on_reboot == OnReboot::exit) line += " panic=-1";
+  // A kernel that is told of no PCI bus still probes for one, port by port.
+  if (!acpi_.config.pci) line += " pci=off";
   for (const Instance& instance : instances_)
     if (const auto table = extension_of<clone_boot_arguments>(instance, CLONE_BOOT_ARGUMENTS))
       if (const char* arguments = table->arguments(instance.device); arguments && *arguments)

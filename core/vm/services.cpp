@@ -280,6 +280,7 @@ clone_status set_power(const clone_host* host, const clone_acpi_power* power, cl
     block.event_port = power->event_port;
     block.control_port = power->control_port;
     block.timer_port = power->timer_port;
+    block.timer_bits = 32;
     block.sci_gsi = power->sci_gsi;
     config.pm = block;
     if (power->reset_port != 0) config.reset = AcpiReset{power->reset_port, power->reset_value};

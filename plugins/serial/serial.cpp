@@ -3,9 +3,12 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <cstdio>
+#include <iterator>
 #include <mutex>
 #include <string>
 
+#include "clone/abi/boot_arguments.h"
 #include "clone/sdk/fd.hpp"
 #include "clone/sdk/plugin.hpp"
 #include "uart.hpp"
@@ -62,6 +65,7 @@ class Serial final : public clone_sdk::Device {
       clone_sdk::ErrorBuffer error;
       CLONE_TRY(error.result(console_->attach(host().raw(), &Serial::typed_thunk, this, error)));
     }
+    if (console_) boot_arguments_ = "console=" + linux_name(port);
     line_ = CLONE_TRY(clone_sdk::IrqLine::allocate(host(), static_cast<uint32_t>(options.number("irq"))));
     CLONE_TRY(host().add_acpi_node(
         "PNP0501", {clone_sdk::acpi_io(port, serial::kRegisterCount), clone_sdk::acpi_irq(line_.gsi())}));
@@ -93,6 +97,14 @@ class Serial final : public clone_sdk::Device {
     if (!uart_.set_state(state)) return Error{"section uart holds impossible registers", 0, CLONE_ERR_CORRUPT};
     line_.forget();
     return {};
+  }
+
+  const void* extension(std::string_view id) override {
+    static constexpr clone_boot_arguments table = {
+        sizeof table, 0, [](void* device) noexcept {
+          return static_cast<Serial*>(static_cast<Device*>(device))->boot_arguments_.c_str();
+        }};
+    return id == CLONE_BOOT_ARGUMENTS ? &table : nullptr;
   }
 
   void read(uint64_t offset, void* data, uint32_t size_bytes) {
@@ -130,6 +142,16 @@ class Serial final : public clone_sdk::Device {
 
  private:
   static constexpr uint32_t kStateVersion = 1;
+
+  // Linux numbers the ports of a PC's four UARTs, and any other by the order of its probing: named by port then.
+  static std::string linux_name(uint64_t port) {
+    constexpr uint64_t known[] = {0x3f8, 0x2f8, 0x3e8, 0x2e8};
+    for (size_t i = 0; i < std::size(known); ++i)
+      if (known[i] == port) return "ttyS" + std::to_string(i);
+    char name[32];
+    std::snprintf(name, sizeof name, "uart8250,io,0x%llx", static_cast<unsigned long long>(port));
+    return name;
+  }
 
   Result<void> run() {
     bool wanted;
@@ -173,6 +195,7 @@ class Serial final : public clone_sdk::Device {
 
   clone_sdk::IrqLine line_;
   const clone_host_console* console_ = nullptr;  // null: none
+  std::string boot_arguments_;
   LineFile file_;
   clone_sdk::Claim claim_;
 };

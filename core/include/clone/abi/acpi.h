@@ -42,7 +42,7 @@ typedef struct clone_acpi_power {
   uint32_t sci_gsi;
   uint16_t event_port;   /* PM1a event block, 4 bytes */
   uint16_t control_port; /* PM1a control block, 2 bytes */
-  uint16_t timer_port;   /* PM timer, 4 bytes; 0: none */
+  uint16_t timer_port;   /* PM timer, 32 bits wide (TMR_VAL_EXT); 0: none */
   uint16_t reset_port;   /* 0: none */
   uint8_t reset_value;
   uint8_t sleep_type_s5; /* SLP_TYP of the soft-off state */
