@@ -3,7 +3,9 @@
 add_compile_options(
   -Wall -Wextra -Wshadow -Wcast-align -Wformat=2 -Werror
   $<$<COMPILE_LANGUAGE:CXX>:-Wnon-virtual-dtor>
-  $<$<COMPILE_LANGUAGE:CXX>:-Woverloaded-virtual>)
+  $<$<COMPILE_LANGUAGE:CXX>:-Woverloaded-virtual>
+  # Designated initialisers leave the rest zero on purpose.
+  -Wno-missing-field-initializers)
 
 if(CLONE_SANITIZE)
   add_compile_options(-fsanitize=${CLONE_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)

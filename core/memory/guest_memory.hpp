@@ -50,7 +50,8 @@ class GuestMemory {
     std::byte* host = nullptr;
   };
 
-  // Reserves address space only (MAP_NORESERVE); pages come on first touch. The size is a multiple of a page.
+  // Reserves address space only (MAP_NORESERVE); pages come on first touch, zeroed. The size is a multiple of a page,
+  // of 2 MiB with reserved huge pages (which are taken from the host's pool now, so that no access fails later).
   static Result<GuestMemory> create(const MemoryConfig& config);
 
   // In ascending order; one region up to 3 GiB, two above that.
@@ -61,6 +62,12 @@ class GuestMemory {
   // The host's view of [start, start + size), or nullptr unless the whole range lies in one region. A size of 0
   // is valid at any address inside a region. [any]
   std::byte* slice(GuestAddress start, uint64_t size_bytes) const;
+
+  // The end of the memory below the hole: where what must have a 32-bit address has to fit.
+  GuestAddress low_end() const { return regions_.front().start + regions_.front().size_bytes; }
+
+  // Makes the pages of a range present now, before they are filled: cheaper than by a fault each. Only a hint. [any]
+  void prefault(GuestAddress start, uint64_t size_bytes) const;
 
   // Copies; false, and nothing done, when the range is not memory. write() marks pages dirty. [any]
   [[nodiscard]] bool read(GuestAddress start, void* into, uint64_t size_bytes) const;
@@ -77,10 +84,17 @@ class GuestMemory {
   requires std::is_trivially_copyable_v<T>
   [[nodiscard]] bool store(GuestAddress start, const T& value) { return write(start, &value, sizeof value); }
 
-  // Dirty pages written by the host side; KVM's own log is apart. Off until enabled: marks then cost one load. [any]
+  // Gives whole pages back to the host; they read as zeroes afterwards, and are marked dirty. False, and nothing done,
+  // unless the range is whole pages of one region. [any]
+  [[nodiscard]] bool discard(GuestAddress start, uint64_t size_bytes);
+
+  // Dirty pages written by the host side; KVM's own log is apart. Off until enabled, with no mark set: marks then cost
+  // one load. Enabling is [control], one caller at a time.
   void enable_dirty_tracking(bool enabled);
+  // After the write itself, so that a page taken meanwhile is marked again. What is not memory is ignored. [any]
   void mark_dirty(GuestAddress start, uint64_t size_bytes);
-  // Takes and clears the marks of one region: a bit for each page, page 0 of the region is bit 0 of word 0.
+  // Takes and clears the marks of one region: a bit for each page, page 0 of the region is bit 0 of word 0. Empty
+  // when tracking was never enabled.
   std::vector<uint64_t> take_dirty(size_t region_index);
 
  private:
@@ -88,6 +102,10 @@ class GuestMemory {
     std::atomic<bool> enabled{false};
     std::vector<std::unique_ptr<std::atomic<uint64_t>[]>> words;  // one array for each region
   };
+
+  static constexpr size_t kNoRegion = ~size_t{0};
+  // The index of the region that [start, start + size) lies in.
+  size_t find_region(GuestAddress start, uint64_t size_bytes) const;
 
   std::vector<Region> regions_;
   std::vector<Mapping> mappings_;

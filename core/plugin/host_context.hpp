@@ -1,16 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
-// What stands behind clone_host.context: how a service finds the VM that its caller belongs to.
+// What the host knows behind a clone_host: whose it is, and the parts of the VM that its services work on.
 #pragma once
 
+#include <string>
+
 #include "clone/abi/host.h"
-#include "memory/guest_memory.hpp"
 
 namespace vmm {
 
+class ConsoleHub;
+class EventLoop;
+class GuestMemory;
+class Machine;
+
+// Parts that a host does not have are NULL: their services are then not offered.
 struct HostContext {
   GuestMemory* memory = nullptr;
+  EventLoop* main_loop = nullptr;
+  ConsoleHub* console = nullptr;
+  Machine* machine = nullptr;
 };
 
-inline GuestMemory& memory_of(const clone_host* host) { return *static_cast<HostContext*>(host->context)->memory; }
+// The context's owner: services work on the VM of their caller. [any]
+inline HostContext& context_of(const clone_host* host) { return *static_cast<HostContext*>(host->context); }
+
+// A clone_host for one plugin or one device. It does not move: plugins keep its address. The context outlives it.
+class HostHandle {
+ public:
+  HostHandle(std::string name, HostContext& context);
+  HostHandle(const HostHandle&) = delete;
+  HostHandle& operator=(const HostHandle&) = delete;
+
+  const clone_host* raw() const { return &raw_; }
+  const std::string& name() const { return name_; }
+
+ private:
+  std::string name_;
+  clone_host raw_;
+};
 
 }  // namespace vmm

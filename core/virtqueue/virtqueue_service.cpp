@@ -15,7 +15,7 @@ clone_status create(const clone_host* host, const clone_virtqueue_config* config
                     clone_err* err) noexcept {
   return clone_sdk::guarded(err, [&]() -> Result<void> {
     if (config->size < sizeof *config) return Error{"the queue's configuration is too short"};
-    *queue = reinterpret_cast<clone_virtqueue*>(TRY(Virtqueue::create(memory_of(host), *config)).release());
+    *queue = reinterpret_cast<clone_virtqueue*>(TRY(Virtqueue::create(*context_of(host).memory, *config)).release());
     return {};
   });
 }

@@ -120,6 +120,37 @@ class Host {
   const clone_host* host_;
 };
 
+// An interrupt line that follows a device's output pin. Not thread-safe: the device's lock keeps rises and falls in
+// order.
+class IrqLine {
+ public:
+  static Result<IrqLine> allocate(const Host& host, uint32_t wanted = CLONE_GSI_ANY) {
+    IrqLine line;
+    line.host_ = host.raw();
+    line.table_ = CLONE_TRY(host.service<clone_host_irq>(CLONE_HOST_IRQ));
+    line.gsi_ = CLONE_TRY(host.allocate_gsi(wanted));
+    return line;
+  }
+
+  uint32_t gsi() const { return gsi_; }
+  // Tells the host only of changes.
+  void set(bool level) {
+    if (known_ && level == level_) return;
+    table_->set_level(host_, gsi_, level);
+    level_ = level;
+    known_ = true;
+  }
+  // The machine's lines were reset or loaded: the next set() tells the host whatever it was.
+  void forget() { known_ = false; }
+
+ private:
+  const clone_host* host_ = nullptr;
+  const clone_host_irq* table_ = nullptr;
+  uint32_t gsi_ = 0;
+  bool level_ = false;
+  bool known_ = true;  // a new machine's lines are low
+};
+
 constexpr clone_acpi_resource acpi_io(uint64_t start, uint64_t length) {
   return {sizeof(clone_acpi_resource), CLONE_ACPI_IO, start, length, 0, 0};
 }

@@ -55,6 +55,17 @@ class Chain {
     });
   }
 
+  // Takes another's chain over, with room for its segments only: many can then be in flight in little memory, while one
+  // chain object with room for the longest is used for every pop().
+  void take(Chain& other) {
+    assert(!live_ && other.live_);
+    raw_ = other.raw_;
+    segments_.assign(other.segments_.begin(), other.segments_.begin() + (raw_.readable_count + raw_.writable_count));
+    raw_.segments = segments_.data();
+    raw_.capacity = static_cast<uint32_t>(segments_.size());
+    live_ = std::exchange(other.live_, false);
+  }
+
   // The queue it came from was reset: it needs not be given back.
   void abandon() { live_ = false; }
 

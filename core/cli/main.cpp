@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// Entry of the `clone` binary: finds the command and runs it.
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "cli/command.hpp"
+#include "clone/abi/base.h"
+#include "util/log.hpp"
+
+namespace vmm {
+namespace {
+
+struct Command {
+  const char* name;
+  const char* help;
+  ExitCode (*run)(const Arguments&);
+};
+
+constexpr Command kCommands[] = {
+    {"run", "Boot a virtual machine.", run_command},
+    {"plugin", "List, inspect and check plugins.", plugin_command},
+    {"doctor", "Tell what this machine can do for virtual machines.", doctor_command},
+};
+
+void print_help() {
+  std::puts("clone - a modular virtual machine monitor\n\nUsage: clone COMMAND [OPTION…]\n\nCommands:");
+  for (const Command& command : kCommands) std::printf("  %-10s %s\n", command.name, command.help);
+  std::puts(
+      "\nclone COMMAND --help tells more. To boot Debian's kernel with a disk image:\n\n"
+      "  clone run --kernel /boot/vmlinuz-$(uname -r) --rootfs disk.img\n");
+}
+
+ExitCode dispatch(const Arguments& arguments) {
+  if (arguments.empty()) {
+    print_help();
+    return ExitCode::usage;
+  }
+  const std::string& name = arguments.front();
+  if (name == "--help" || name == "-h" || name == "help") {
+    print_help();
+    return ExitCode::success;
+  }
+  if (name == "--version" || name == "version") {
+    std::printf("clone %s (plugin interface %u.%u)\n", CLONE_VERSION, CLONE_ABI_MAJOR, CLONE_ABI_MINOR);
+    return ExitCode::success;
+  }
+  std::string known;
+  for (const Command& command : kCommands) {
+    if (name == command.name) return command.run({arguments.begin() + 1, arguments.end()});
+    known += (known.empty() ? "" : ", ") + std::string(command.name);
+  }
+  return fail(Error{"unknown command '" + name + "'; there are: " + known}, ExitCode::usage);
+}
+
+}  // namespace
+
+ExitCode fail(const Error& error, ExitCode code) {
+  std::string_view rest = error.message;
+  while (!rest.empty()) {
+    const size_t end = rest.find('\n');
+    log_error(rest.substr(0, end));
+    rest.remove_prefix(end == std::string_view::npos ? rest.size() : end + 1);
+  }
+  return code;
+}
+
+void add_plugin_options(CLI::App& app, PluginPaths& paths) {
+  app.add_option("--plugin-dir", paths.folders, "Look for plugins in this folder first (also: CLONE_PLUGIN_PATH).")
+      ->type_name("DIR")
+      ->expected(1)
+      ->allow_extra_args(false)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->group("Plugins");
+  app.add_flag_callback(
+         "--allow-insecure-plugins", [&paths] { paths.trust = PluginTrust::any; },
+         "Load plugins that other users could have written.")
+      ->group("Plugins");
+}
+
+Result<Catalogue> scan_plugins(const PluginPaths& paths) {
+  return Catalogue::scan(plugin_folders(paths.folders), paths.trust);
+}
+
+Parsed parse(CLI::App& app, const Arguments& arguments) {
+  try {
+    std::vector<std::string> reversed(arguments.rbegin(), arguments.rend());  // as CLI11 wants them
+    app.parse(reversed);
+    return {};
+  } catch (const CLI::CallForHelp&) {
+    std::fputs(app.help().c_str(), stdout);
+    return {true, ExitCode::success};
+  } catch (const CLI::ParseError& error) {
+    std::string message = error.what();
+    while (!message.empty() && message.back() == '\n') message.pop_back();
+    return {true, fail(Error{message + " (see " + app.get_name() + " --help)"}, ExitCode::usage)};
+  }
+}
+
+}  // namespace vmm
+
+int main(int argc, char** argv) {
+  const vmm::Arguments arguments(argv + 1, argv + argc);
+  return static_cast<int>(vmm::dispatch(arguments));
+}

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+// Maps the guest's memory, checks each access to it and keeps the marks of what the host side wrote.
+#include "memory/guest_memory.hpp"
+
+#include <fcntl.h>
+#include <linux/memfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <string>
+
+namespace vmm {
+namespace {
+
+constexpr uint64_t kMiB = 1ull << 20;
+constexpr uint64_t kHugePageSize = 2 * kMiB;
+// A KVM memory slot holds less than 2^31 pages; half of that also keeps clear of every CPU's address width.
+constexpr uint64_t kMaximumSize = 4ull << 40;
+constexpr uint64_t kPagesInWord = 64;
+
+std::string size_text(uint64_t size_bytes) {
+  if (size_bytes % kMiB == 0 && size_bytes != 0) return std::to_string(size_bytes / kMiB) + " MiB";
+  return std::to_string(size_bytes) + " bytes";
+}
+
+// Guest memory is aligned to 2 MiB on the host too: only then can a huge page of the host back one of the guest.
+// `fd` is -1 for anonymous memory.
+Result<Mapping> map_region(const MemoryConfig& config, uint64_t size_bytes, int fd, uint64_t offset) {
+  const uint64_t reserved_bytes = size_bytes + kHugePageSize;
+  void* reserved = ::mmap(nullptr, reserved_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (reserved == MAP_FAILED) return errno_error("mmap");
+
+  const auto first = reinterpret_cast<uintptr_t>(reserved);
+  const uintptr_t start = (first + kHugePageSize - 1) & ~(kHugePageSize - 1);
+  int flags = MAP_FIXED | (fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS);
+  if (config.huge_pages != HugePages::reserved_2m) {
+    flags |= MAP_NORESERVE;
+  } else if (fd < 0) {
+    flags |= MAP_HUGETLB | (21 << MAP_HUGE_SHIFT);
+  }
+  void* mapped =
+      ::mmap(reinterpret_cast<void*>(start), size_bytes, PROT_READ | PROT_WRITE, flags, fd, static_cast<off_t>(offset));
+  if (mapped == MAP_FAILED) {
+    const Error error = errno_error("mmap");
+    ::munmap(reserved, reserved_bytes);
+    return error;
+  }
+  const uint64_t before = start - first;
+  if (before) ::munmap(reserved, before);
+  if (before < kHugePageSize) ::munmap(static_cast<std::byte*>(mapped) + size_bytes, kHugePageSize - before);
+  Mapping mapping(mapped, size_bytes);
+
+  // Both are wishes: a host kernel built without one of them answers EINVAL, and the guest runs all the same.
+  if (config.huge_pages == HugePages::transparent) ::madvise(mapped, size_bytes, MADV_HUGEPAGE);
+  if (config.mergeable) ::madvise(mapped, size_bytes, MADV_MERGEABLE);
+  return mapping;
+}
+
+Result<Fd> create_memfd(const MemoryConfig& config) {
+  unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
+  if (config.huge_pages == HugePages::reserved_2m) flags |= MFD_HUGETLB | MFD_HUGE_2MB;
+  Fd fd(::memfd_create("guest-memory", flags));
+  if (!fd) return errno_error("memfd_create");
+  if (::ftruncate(fd.get(), static_cast<off_t>(config.size_bytes)) != 0) return errno_error("ftruncate");
+  // Whoever else gets the descriptor (vhost-user, a fork) cannot cut the pages away from under us.
+  if (::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0) return errno_error("F_ADD_SEALS");
+  return fd;
+}
+
+}  // namespace
+
+Result<GuestMemory> GuestMemory::create(const MemoryConfig& config) {
+  const bool reserved_pages = config.huge_pages == HugePages::reserved_2m;
+  const std::string what = "memory: " + size_text(config.size_bytes);
+  const uint64_t unit = reserved_pages ? kHugePageSize : kPageSize;
+  if (config.size_bytes == 0 || config.size_bytes % unit != 0) {
+    return Error{what + ": the size has to be a multiple of " + size_text(unit) + ", and more than 0", EINVAL};
+  }
+  const auto cannot_map = [&](const std::string& reason, int code) {
+    return Error{what + ": the host cannot map that much (" + reason + ")", code};
+  };
+  if (config.size_bytes > kMaximumSize) {
+    return cannot_map("at most " + size_text(kMaximumSize) + " in one guest", ENOMEM);
+  }
+  const auto refused = [&](const Error& error) {
+    const std::string hint = reserved_pages && error.code == ENOMEM ? "; see /proc/sys/vm/nr_hugepages" : "";
+    return cannot_map(error.message + hint, error.code);
+  };
+
+  GuestMemory memory;
+  memory.size_bytes_ = config.size_bytes;
+  memory.dirty_ = std::make_unique<DirtyBitmap>();
+  if (config.backing == MemoryBacking::memfd) {
+    Result<Fd> fd = create_memfd(config);
+    if (!fd) return refused(fd.error());
+    memory.memfd_ = std::move(*fd);
+  }
+  uint64_t offset = 0;
+  for (const uint64_t start : {uint64_t{0}, kHoleEnd}) {
+    const uint64_t left = config.size_bytes - offset;
+    if (left == 0) break;
+    const uint64_t size_bytes = start == 0 ? std::min(left, kHoleStart) : left;
+    Result<Mapping> mapping = map_region(config, size_bytes, memory.memfd(), offset);
+    if (!mapping) return refused(mapping.error());
+    memory.regions_.push_back({{start}, size_bytes, mapping->data()});
+    memory.mappings_.push_back(std::move(*mapping));
+    offset += size_bytes;
+  }
+  return memory;
+}
+
+size_t GuestMemory::find_region(GuestAddress start, uint64_t size_bytes) const {
+  for (size_t index = 0; index < regions_.size(); ++index) {
+    const Region& region = regions_[index];
+    if (start < region.start) continue;
+    const uint64_t offset = start.value - region.start.value;
+    if (offset < region.size_bytes && size_bytes <= region.size_bytes - offset) return index;
+  }
+  return kNoRegion;
+}
+
+std::byte* GuestMemory::slice(GuestAddress start, uint64_t size_bytes) const {
+  const size_t index = find_region(start, size_bytes);
+  if (index == kNoRegion) return nullptr;
+  return regions_[index].host + (start.value - regions_[index].start.value);
+}
+
+void GuestMemory::prefault(GuestAddress start, uint64_t size_bytes) const {
+  std::byte* first = slice(start, size_bytes);
+  if (!first) return;
+  const uint64_t in_page = reinterpret_cast<uintptr_t>(first) % kPageSize;
+  ::madvise(first - in_page, size_bytes + in_page, MADV_POPULATE_WRITE);
+}
+
+bool GuestMemory::read(GuestAddress start, void* into, uint64_t size_bytes) const {
+  const std::byte* from = slice(start, size_bytes);
+  if (!from) return false;
+  if (size_bytes) std::memcpy(into, from, size_bytes);
+  return true;
+}
+
+bool GuestMemory::write(GuestAddress start, const void* from, uint64_t size_bytes) {
+  std::byte* into = slice(start, size_bytes);
+  if (!into) return false;
+  if (size_bytes) std::memcpy(into, from, size_bytes);
+  mark_dirty(start, size_bytes);
+  return true;
+}
+
+void GuestMemory::enable_dirty_tracking(bool enabled) {
+  if (enabled && dirty_->words.empty()) {
+    for (const Region& region : regions_) {
+      const uint64_t pages = region.size_bytes / kPageSize;
+      const uint64_t words = (pages + kPagesInWord - 1) / kPagesInWord;
+      dirty_->words.push_back(std::make_unique<std::atomic<uint64_t>[]>(words));
+    }
+  } else if (enabled) {
+    for (size_t index = 0; index < regions_.size(); ++index) take_dirty(index);
+  }
+  // Publishes the arrays to whoever sees `enabled`.
+  dirty_->enabled.store(enabled, std::memory_order_release);
+}
+
+bool GuestMemory::discard(GuestAddress start, uint64_t size_bytes) {
+  std::byte* host = slice(start, size_bytes);
+  if (!host || size_bytes == 0 || start.value % kPageSize != 0 || size_bytes % kPageSize != 0) return false;
+  // MADV_REMOVE punches a hole into the file behind a shared mapping.
+  if (::madvise(host, size_bytes, memfd_ ? MADV_REMOVE : MADV_DONTNEED) != 0) return false;
+  mark_dirty(start, size_bytes);
+  return true;
+}
+
+void GuestMemory::mark_dirty(GuestAddress start, uint64_t size_bytes) {
+  if (!dirty_->enabled.load(std::memory_order_acquire) || size_bytes == 0) return;
+  const size_t index = find_region(start, size_bytes);
+  if (index == kNoRegion) return;
+  const uint64_t offset = start.value - regions_[index].start.value;
+  const uint64_t last_page = (offset + size_bytes - 1) / kPageSize;
+  for (uint64_t page = offset / kPageSize; page <= last_page;) {
+    const uint64_t bit = page % kPagesInWord;
+    const uint64_t count = std::min(kPagesInWord - bit, last_page - page + 1);
+    const uint64_t mask = (~uint64_t{0} >> (kPagesInWord - count)) << bit;
+    dirty_->words[index][page / kPagesInWord].fetch_or(mask, std::memory_order_release);
+    page += count;
+  }
+}
+
+std::vector<uint64_t> GuestMemory::take_dirty(size_t region_index) {
+  std::vector<uint64_t> taken;
+  if (dirty_->words.empty()) return taken;
+  const uint64_t pages = regions_[region_index].size_bytes / kPageSize;
+  taken.resize((pages + kPagesInWord - 1) / kPagesInWord);
+  for (size_t word = 0; word < taken.size(); ++word) {
+    std::atomic<uint64_t>& marks = dirty_->words[region_index][word];
+    // Most words are clean: a plain load leaves their cache lines shared.
+    if (marks.load(std::memory_order_relaxed)) taken[word] = marks.exchange(0, std::memory_order_acquire);
+  }
+  return taken;
+}
+
+}  // namespace vmm

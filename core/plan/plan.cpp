@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks a plan against the plugins' option tables.
+#include "plan/plan.hpp"
+
+#include <algorithm>
+#include <filesystem>
+#include <map>
+
+namespace vmm {
+namespace {
+
+// Relative paths of a profile start from the profile's folder.
+KeyValues resolve_paths(const PlannedDevice& device, const clone_descriptor& descriptor) {
+  KeyValues options = device.options;
+  if (device.base_folder.empty()) return options;
+  for (auto& [key, value] : options)
+    for (const clone_option* const* row = descriptor.options; *row; ++row)
+      if (key == (*row)->name && (*row)->type == CLONE_OPTION_PATH && !value.empty())
+        value = (std::filesystem::path(device.base_folder) / value).lexically_normal().string();
+  return options;
+}
+
+}  // namespace
+
+Result<CheckedPlan> check_plan(const Plan& plan, PluginLibrary& library) {
+  CheckedPlan checked;
+  checked.plan = plan;
+  Plan& full = checked.plan;
+  std::string mistakes;
+  auto mistake = [&](const std::string& text) { mistakes += (mistakes.empty() ? "" : "\n") + text; };
+
+  std::vector<std::string> unused = plan.without;
+  for (const PluginFile& file : library.catalogue().files())
+    for (const Provided& provided : file.manifest.provides) {
+      if (provided.kind != "device" || !provided.by_default) continue;
+      const bool unwanted = std::erase(unused, provided.name) > 0;
+      const bool planned = std::any_of(full.devices.begin(), full.devices.end(),
+                                       [&](const PlannedDevice& device) { return device.type == provided.name; });
+      if (!unwanted && !planned) full.devices.push_back({provided.name, {}, {}});
+    }
+  for (const std::string& name : unused) mistake("--without " + name + ": no plugin offers such a default device");
+
+  auto check = [&](const std::string& what, const PlannedDevice& device, const DeviceType& type) {
+    auto options = OptionValues::check(type.descriptor, resolve_paths(device, type.descriptor));
+    if (options.ok()) return std::move(options).value();
+    mistake(what + ": " + options.error().message);
+    return OptionValues{};
+  };
+
+  if (auto transport = library.transport(full.transport.type); transport.ok()) {
+    checked.transport = *transport;
+    checked.transport_options = check("transport " + full.transport.type, full.transport, *transport);
+  } else {
+    mistake(transport.error().message);
+  }
+
+  std::map<std::string, unsigned> counts;
+  for (const PlannedDevice& device : full.devices) {
+    auto type = library.device(device.type);
+    if (!type.ok()) {
+      mistake(type.error().message);
+      continue;
+    }
+    CheckedDevice& added = checked.devices.emplace_back();
+    added.instance = device.type + "." + std::to_string(counts[device.type]++);
+    added.type = *type;
+    added.options = check("device " + device.type, device, added.type);
+  }
+  if (!mistakes.empty()) return Error{mistakes};
+  return checked;
+}
+
+}  // namespace vmm

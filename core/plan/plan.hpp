@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// What VM to make: every setting, checked against what the plugins declare before anything is opened.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "boot/entry.hpp"
+#include "memory/guest_memory.hpp"
+#include "plugin/library.hpp"
+#include "plugin/options.hpp"
+#include "util/result.hpp"
+
+namespace vmm {
+
+struct PlannedDevice {
+  std::string type;
+  KeyValues options;
+  std::string base_folder;  // that relative paths start from; empty: the current one
+};
+
+enum class OnReboot { again, exit };
+
+struct Plan {
+  std::string kernel;
+  std::string initrd;
+  std::string modules;  // of the kernel, for the generated initrd; empty: /lib/modules
+  std::string init;     // that the generated initrd starts; empty: /sbin/init
+  std::string command_line;
+  BootProtocol protocol = BootProtocol::automatic;
+  MemoryConfig memory;
+  uint32_t vcpus = 1;
+  PlannedDevice transport{"mmio", {}, {}};
+  std::vector<PlannedDevice> devices;
+  std::vector<std::string> without;  // default devices that are not wanted
+  OnReboot on_reboot = OnReboot::again;
+  uint64_t grace_ms = 10'000;
+};
+
+// The plan with the plugins' word on it.
+struct CheckedDevice {
+  std::string instance;  // "virtio-blk.0"
+  DeviceType type;
+  OptionValues options;
+};
+
+struct CheckedPlan {
+  Plan plan;
+  TransportType transport;
+  OptionValues transport_options;
+  std::vector<CheckedDevice> devices;  // in the order of the plan, then the defaults
+};
+
+// Loads the plugins that the plan names and checks every option. Reports all mistakes, one a line.
+Result<CheckedPlan> check_plan(const Plan& plan, PluginLibrary& library);
+
+}  // namespace vmm

@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+// Builds a machine in the order in which its parts need each other, and takes it apart in the reverse.
+#include "vm/machine.hpp"
+
+#include <algorithm>
+#include <filesystem>
+
+#include "boot/entry.hpp"
+#include "boot/modules.hpp"
+#include "clone/abi/boot_arguments.h"
+#include "clone/abi/virtio.h"
+#include "clone/sdk/error.hpp"
+#include "plugin/catalogue.hpp"
+#include "plugin/crash_report.hpp"
+#include "util/log.hpp"
+
+namespace vmm {
+namespace {
+
+constexpr const char* kInitProgram = "libexec/clone/clone-init";
+// The kernel's own words for "the host knows the time" and "the host's random numbers are good".
+constexpr const char* kBaseArguments = "tsc=reliable no_timer_check random.trust_cpu=on";
+
+std::vector<std::string> words(std::string_view text) {
+  std::vector<std::string> list;
+  while (!text.empty()) {
+    const size_t end = text.find(' ');
+    if (end != 0) list.emplace_back(text.substr(0, end));
+    text.remove_prefix(end == std::string_view::npos ? text.size() : end + 1);
+  }
+  return list;
+}
+
+template <typename Table>
+std::optional<Table> extension_of(const Instance& instance, const char* id) {
+  const auto* table = static_cast<const Table*>(instance.ops.get_extension(instance.device, id));
+  if (!table) return std::nullopt;
+  return copy_table(table);
+}
+
+// One call into a plugin: its error gets the instance's name, a crash in it is reported under that name.
+template <typename Call>
+Result<void> call_plugin(const Instance& instance, const char* phase, Call&& call) {
+  const CrashReport crash(instance.host.name(), phase);
+  clone_sdk::ErrorBuffer error;
+  try {
+    return error.result(call(static_cast<clone_err*>(error))).context("plugin " + instance.host.name());
+  } catch (...) {
+    return Error{"plugin " + instance.host.name() + ": threw an exception " + phase, 0, CLONE_ERR_INTERNAL};
+  }
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Machine>> Machine::create(const CheckedPlan& plan, EventLoop& main_loop, ConsoleHub& console,
+                                                 Timing& timing, Ended ended) {
+  std::unique_ptr<Machine> machine(new Machine(plan, main_loop, console, std::move(ended)));
+  TRY(machine->build(timing));
+  return machine;
+}
+
+Machine::~Machine() {
+  *alive_ = false;
+  if (vcpus_) vcpus_->stop_all();
+  destroy_instances();
+}
+
+Result<void> Machine::build(Timing& timing) {
+  const Plan& plan = plan_.plan;
+  // Opened first: its pages are read ahead while the rest is made.
+  const KernelFile kernel = TRY(KernelFile::open(plan.kernel, plan.protocol).context("--kernel"));
+  timing.mark("kernel file");
+  memory_ = TRY(GuestMemory::create(plan.memory));
+  timing.mark("memory");
+  kvm_ = TRY(Kvm::open());
+  TRY(kvm_->check_vcpu_count(plan.vcpus));
+  vm_ = TRY(KvmVm::create(*kvm_, {layout::kKvmIdentityMap, layout::kKvmTss}));
+  timing.mark("kvm");
+  TRY(vm_->create_irqchip());
+  gsi_routing_.emplace(*vm_);
+  timing.mark("irq");
+  for (uint32_t slot = 0; slot < memory_->regions().size(); ++slot)
+    TRY(vm_->set_memory_slot(slot, memory_->regions()[slot]));
+  timing.mark("memory slots");
+  TRY(make_devices());
+  timing.mark("devices");
+  return load(kernel, timing);
+}
+
+Result<void> Machine::make_instance(const std::string& name, const DeviceType& type, const OptionValues& options) {
+  Instance& instance = instances_.emplace_back(name, HostContext{&*memory_, &main_loop_, &console_, this});
+  instance.ops = type.ops;
+  TRY(call_plugin(instance, "while it was created",
+                  [&](clone_err* err) { return instance.ops.create(instance.host.raw(), &instance.device, err); }));
+  if (!instance.device) return Error{"plugin " + name + ": create succeeded without a device", 0, CLONE_ERR_INTERNAL};
+  return call_plugin(instance, "while it was configured",
+                     [&](clone_err* err) { return instance.ops.configure(instance.device, &options.raw(), err); });
+}
+
+Result<void> Machine::make_devices() {
+  for (const CheckedDevice& device : plan_.devices) TRY(make_instance(device.instance, device.type, device.options));
+  const auto is_virtio = [](const Instance& instance) {
+    return extension_of<clone_virtio_device>(instance, CLONE_VIRTIO_DEVICE).has_value();
+  };
+  if (std::none_of(instances_.begin(), instances_.end(), is_virtio)) return {};
+
+  TRY(make_instance("transport-" + plan_.plan.transport.type, plan_.transport, plan_.transport_options));
+  Instance& transport = instances_.back();
+  for (const Instance& instance : instances_) {
+    const auto* table =
+        static_cast<const clone_virtio_device*>(instance.ops.get_extension(instance.device, CLONE_VIRTIO_DEVICE));
+    if (!table || &instance == &transport) continue;
+    const clone_virtio_attachment attachment{sizeof attachment, 0,     instance.host.raw()->name,
+                                             instance.device,   table, instance.host.raw()};
+    TRY(call_plugin(transport, "while a device was attached",
+                    [&](clone_err* err) { return plan_.transport.attach(transport.device, &attachment, err); }));
+  }
+  return {};
+}
+
+Result<void> Machine::load(const KernelFile& kernel, Timing& timing) {
+  const KernelImage& image = kernel.image();
+  TRY(kernel.load_into(*memory_));
+  timing.mark("kernel load");
+
+  BootConfig boot;
+  if (!plan_.plan.initrd.empty()) {
+    const Mapping file = TRY(map_file(plan_.plan.initrd).context("--initrd"));
+    boot.initrd = TRY(place_initrd(*memory_, image, file.bytes()).context("--initrd " + plan_.plan.initrd));
+  } else if (const auto generated = TRY(generate_initrd(image))) {
+    boot.initrd = TRY(find_initrd_place(*memory_, image, generated->size_bytes()));
+    generated->write_to({memory_->slice(boot.initrd->start, boot.initrd->size_bytes), boot.initrd->size_bytes});
+  }
+  timing.mark("initrd");
+
+  boot.rsdp = TRY(write_acpi_tables());
+  boot.command_line = command_line();
+  const MemoryRange ecam{layout::kPciConfig, layout::kPciConfigBytes, MemoryKind::reserved};
+  if (acpi_.config.pci) boot.reserved = {&ecam, 1};
+  const EntryState entry = TRY(prepare_entry(*memory_, image, boot));
+  timing.mark("acpi, boot parameters");
+
+  auto vcpus = TRY(create_vcpus(*kvm_, *vm_, {plan_.plan.vcpus}));
+  TRY(vcpus.front().set_entry(entry));
+  vcpus_ = std::make_unique<Vcpus>(std::move(vcpus), pio_, mmio_, [this](const VcpuStop& stop) {
+    const bool guests_doing = stop.reason == StopReason::reset || stop.reason == StopReason::crash;
+    end(stop.reason == StopReason::shutdown ? Ending::power_off
+        : guests_doing                      ? Ending::crashed
+                                            : Ending::kvm_failed,
+        stop.message);
+  });
+  timing.mark("vcpus");
+  return {};
+}
+
+// The root file system's device, if there is one, decides whether an initrd has to be made.
+Result<std::optional<Initrd>> Machine::generate_initrd(const KernelImage& kernel) {
+  std::optional<clone_boot_root_info> root;
+  std::string owner;
+  for (const Instance& instance : instances_) {
+    const auto table = extension_of<clone_boot_root>(instance, CLONE_BOOT_ROOT);
+    if (!table || !table->describe) continue;
+    clone_boot_root_info info{sizeof info, 0, "", "", ""};
+    clone_status status = CLONE_OK;
+    TRY(call_plugin(instance, "while its root file system was described",
+                    [&](clone_err* err) { return status = table->describe(instance.device, &info, err); }));
+    if (status == CLONE_EMPTY) continue;
+    if (root) return Error{"two devices hold the root file system: " + owner + " and " + instance.host.name()};
+    root = info;
+    owner = instance.host.name();
+  }
+  if (!root) {
+    if (!plan_.plan.init.empty()) log_warning("--init has no effect without a root file system (--rootfs)");
+    return std::optional<Initrd>();
+  }
+
+  InitrdSpec spec;
+  spec.init_path = installation_prefix() + "/" + kInitProgram;
+  spec.modules_dir = plan_.plan.modules;
+  spec.kernel_version = kernel.version;
+  spec.modules = TRY(guest_modules(kernel, *root));
+  spec.root = root->source;
+  if (*root->file_system) spec.filesystem_types = {root->file_system};
+  spec.root_access = root->read_only ? RootAccess::read_only : RootAccess::read_write;
+  if (!plan_.plan.init.empty()) spec.init = plan_.plan.init;
+  return std::optional(TRY(Initrd::prepare(spec).context("generated initrd")));
+}
+
+// What the plugins ask for, as far as this kernel has it as modules. What the root needs must be there; a guest can do
+// without the rest.
+Result<std::vector<std::string>> Machine::guest_modules(const KernelImage& kernel, const clone_boot_root_info& root) {
+  const std::string& given = plan_.plan.modules;
+  auto directory = find_modules_directory(given, kernel.version);
+  if (!directory.ok()) {
+    if (directory.error().code != ENOENT || !given.empty()) return std::move(directory).error().context("--modules");
+    log_info("no modules of kernel '" + kernel.version + "' in /lib/modules: taking them to be built in");
+    return std::vector<std::string>();
+  }
+  std::vector<std::string> modules = words(plan_.transport.descriptor.guest_modules);
+  for (const std::string& name : words(root.guest_modules)) modules.push_back(name);
+  for (const CheckedDevice& device : plan_.devices) {
+    for (const std::string& name :
+         words(device.type.descriptor.guest_modules ? device.type.descriptor.guest_modules : "")) {
+      const bool known = resolve_modules(*directory, kernel.version, {&name, 1}).ok();
+      if (known)
+        modules.push_back(name);
+      else
+        log_info("kernel " + kernel.version + " has no module " + name + " for " + device.instance);
+    }
+  }
+  return modules;
+}
+
+std::string Machine::command_line() {
+  std::string line = kBaseArguments;
+  if (plan_.plan.on_reboot == OnReboot::exit) line += " panic=-1";
+  for (const Instance& instance : instances_)
+    if (const auto table = extension_of<clone_boot_arguments>(instance, CLONE_BOOT_ARGUMENTS))
+      if (const char* arguments = table->arguments(instance.device); arguments && *arguments)
+        line += " " + std::string(arguments);
+  if (!plan_.plan.command_line.empty()) line += " " + plan_.plan.command_line;
+  return line;
+}
+
+Result<GuestAddress> Machine::write_acpi_tables() {
+  AcpiConfig& config = acpi_.config;
+  config.vcpu_count = plan_.plan.vcpus;
+  for (size_t i = 0; i < acpi_.nodes.size(); ++i)
+    config.device_nodes.push_back(TRY(acpi_node(acpi_.nodes[i], static_cast<unsigned>(i))));
+  for (const aml::Bytes& terms : acpi_.aml) config.device_nodes.push_back(terms);
+  return write_acpi(*memory_, config);
+}
+
+Result<void> Machine::start(Timing& timing) {
+  for (const Instance& instance : instances_)
+    if (instance.ops.start)
+      TRY(call_plugin(instance, "while it was started",
+                      [&](clone_err* err) { return instance.ops.start(instance.device, err); }));
+  timing.mark("start");
+  return vcpus_->start();
+}
+
+Result<void> Machine::press_power_button() {
+  if (!power_button_.pressed) return Error{"this machine has no power button", 0, CLONE_ERR_UNSUPPORTED};
+  if (power_button_.pressed(power_button_.context) != CLONE_OK)
+    return Error{power_button_.owner + ": the guest does not listen to the power button", 0, CLONE_ERR_STATE};
+  return {};
+}
+
+void Machine::end(Ending ending, std::string detail) {
+  const std::lock_guard lock(end_mutex_);
+  if (std::exchange(ended_already_, true)) return;
+  main_loop_.post([this, alive = alive_, ending, detail = std::move(detail)] {
+    if (*alive) ended_(ending, detail);
+  });
+}
+
+// The transport, made last, goes first: it takes the queues from the devices.
+void Machine::destroy_instances() {
+  while (!instances_.empty()) {
+    Instance& instance = instances_.back();
+    if (instance.device) {
+      const CrashReport crash(instance.host.name(), "while it was destroyed");
+      instance.ops.destroy(instance.device);
+    }
+    console_.detach(instance.host.name());
+    instances_.pop_back();
+  }
+}
+
+}  // namespace vmm

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+// A virtual machine from its plan to its end: memory, KVM, buses, the devices of the plugins, vCPUs.
+#pragma once
+
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "boot/acpi.hpp"
+#include "boot/initrd.hpp"
+#include "boot/kernel.hpp"
+#include "bus/bus.hpp"
+#include "bus/resources.hpp"
+#include "clone/abi/boot_root.h"
+#include "clone/abi/machine.h"
+#include "console/console_hub.hpp"
+#include "irq/gsi_routing.hpp"
+#include "kvm/kvm.hpp"
+#include "kvm/vcpus.hpp"
+#include "loop/event_loop.hpp"
+#include "memory/guest_memory.hpp"
+#include "plan/plan.hpp"
+#include "plugin/host_context.hpp"
+#include "util/result.hpp"
+#include "vm/timing.hpp"
+
+namespace vmm {
+
+enum class Ending { power_off, reset, crashed, kvm_failed, stopped };
+
+// What one device or transport claimed; all of it is given back when the instance goes.
+struct Instance : HostContext {
+  Instance(std::string name, const HostContext& context) : HostContext(context), host(std::move(name), *this) {}
+
+  HostHandle host;
+  clone_device_ops ops{};
+  void* device = nullptr;
+  std::mutex mutex;  // PCI BARs are claimed by vCPU threads
+  std::map<uint64_t, Bus::Claim> claims;
+  uint64_t next_claim = 1;
+  std::vector<NumberLease> gsis;
+  std::vector<WindowLease> windows;
+};
+
+class Machine {
+ public:
+  // Called once, on the main loop, when the guest has come to an end by itself; `detail` may say more.
+  using Ended = std::function<void(Ending, const std::string& detail)>;
+
+  static Result<std::unique_ptr<Machine>> create(const CheckedPlan& plan, EventLoop& main_loop, ConsoleHub& console,
+                                                 Timing& timing, Ended ended);
+  Machine(const Machine&) = delete;
+  Machine& operator=(const Machine&) = delete;
+  // Stops the vCPUs and destroys transport and devices.
+  ~Machine();
+
+  // Starts the devices and the vCPUs.
+  Result<void> start(Timing& timing);
+  // Tells the guest that somebody pressed the power button. An error when there is none.
+  Result<void> press_power_button();
+
+  // [any] A device's request (CLONE_MACHINE_…), or a vCPU's end. The first one counts.
+  void end(Ending ending, std::string detail = {});
+
+  // What the services of vm/services.cpp work on.
+  GuestMemory& memory() { return *memory_; }
+  KvmVm& vm() { return *vm_; }
+  GsiRouting& gsi_routing() { return *gsi_routing_; }
+  Bus& bus(BusSpace space) { return space == BusSpace::pio ? pio_ : mmio_; }
+  GsiPool& gsi_pool() { return gsi_pool_; }
+  WindowPool& window_pool() { return window_pool_; }
+  const Plan& plan() const { return plan_.plan; }
+
+  struct AcpiParts {
+    std::vector<AcpiNode> nodes;
+    std::vector<aml::Bytes> aml;
+    AcpiConfig config;
+  };
+  AcpiParts& acpi() { return acpi_; }
+
+  struct PowerButton {
+    clone_status (*pressed)(void* context) = nullptr;
+    void* context = nullptr;
+    std::string owner;
+  };
+  PowerButton& power_button() { return power_button_; }
+
+  struct Published {
+    std::string owner;
+    const void* table = nullptr;
+  };
+  std::map<std::string, Published, std::less<>>& published() { return published_; }
+
+ private:
+  Machine(const CheckedPlan& plan, EventLoop& main_loop, ConsoleHub& console, Ended ended)
+      : plan_(plan), main_loop_(main_loop), console_(console), ended_(std::move(ended)) {}
+
+  Result<void> build(Timing& timing);
+  Result<void> make_devices();
+  Result<void> make_instance(const std::string& name, const DeviceType& type, const OptionValues& options);
+  Result<void> load(const KernelFile& kernel, Timing& timing);
+  Result<std::optional<Initrd>> generate_initrd(const KernelImage& kernel);
+  Result<std::vector<std::string>> guest_modules(const KernelImage& kernel, const clone_boot_root_info& root);
+  std::string command_line();
+  Result<GuestAddress> write_acpi_tables();
+  void destroy_instances();
+
+  const CheckedPlan& plan_;
+  EventLoop& main_loop_;
+  ConsoleHub& console_;
+  Ended ended_;
+  std::mutex end_mutex_;
+  bool ended_already_ = false;
+  std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);  // for calls posted to the loop
+
+  std::optional<GuestMemory> memory_;
+  std::optional<Kvm> kvm_;
+  std::optional<KvmVm> vm_;
+  std::optional<GsiRouting> gsi_routing_;
+  Bus pio_{BusSpace::pio};
+  Bus mmio_{BusSpace::mmio};
+  GsiPool gsi_pool_;
+  WindowPool window_pool_{layout::kMmioWindow, layout::kMmioWindow + layout::kMmioWindowBytes};
+  AcpiParts acpi_;
+  PowerButton power_button_;
+  std::map<std::string, Published, std::less<>> published_;
+  std::list<Instance> instances_;  // the transport last
+  std::unique_ptr<Vcpus> vcpus_;
+};
+
+}  // namespace vmm

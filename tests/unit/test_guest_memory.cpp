@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// Guest memory: the split around the hole, refused sizes, checked access, dirty marks.
+#include <doctest/doctest.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include <bit>
+
+#include "memory/guest_memory.hpp"
+
+using namespace vmm;
+
+namespace {
+constexpr uint64_t kMiB = 1ull << 20;
+constexpr uint64_t kGiB = 1ull << 30;
+
+GuestMemory make(uint64_t size_bytes, MemoryBacking backing = MemoryBacking::anonymous) {
+  auto memory = GuestMemory::create({.size_bytes = size_bytes, .backing = backing});
+  REQUIRE(memory.ok());
+  return std::move(*memory);
+}
+
+std::string refusal(MemoryConfig config) {
+  auto memory = GuestMemory::create(config);
+  REQUIRE_FALSE(memory.ok());
+  return memory.error().message;
+}
+
+uint64_t count(const std::vector<uint64_t>& words) {
+  uint64_t bits = 0;
+  for (uint64_t word : words) bits += static_cast<uint64_t>(std::popcount(word));
+  return bits;
+}
+}  // namespace
+
+TEST_CASE("memory: one region up to 3 GiB, two above") {
+  CHECK(make(kPageSize).regions().size() == 1);
+  CHECK(make(3 * kGiB).regions().size() == 1);
+  GuestMemory memory = make(3 * kGiB + kPageSize);
+  REQUIRE(memory.regions().size() == 2);
+  CHECK(memory.regions()[0].start.value == 0);
+  CHECK(memory.regions()[0].size_bytes == 3 * kGiB);
+  CHECK(memory.regions()[1].start.value == 4 * kGiB);
+  CHECK(memory.regions()[1].size_bytes == kPageSize);
+  CHECK(memory.size_bytes() == 3 * kGiB + kPageSize);
+  CHECK(memory.low_end().value == 3 * kGiB);
+  CHECK(memory.memfd() == -1);
+
+  GuestMemory large = make(100 * kGiB);
+  CHECK(large.regions()[1].size_bytes == 97 * kGiB);
+  CHECK(large.store(GuestAddress{101 * kGiB - 8}, uint64_t{7}));
+  CHECK(large.load<uint64_t>(GuestAddress{101 * kGiB - 8}) == 7);
+  for (const auto& region : large.regions()) CHECK(reinterpret_cast<uintptr_t>(region.host) % (2 * kMiB) == 0);
+}
+
+TEST_CASE("memory: sizes that cannot be are refused by name") {
+  CHECK(refusal({.size_bytes = 0}) == "memory: 0 bytes: the size has to be a multiple of 4096 bytes, and more than 0");
+  CHECK(refusal({.size_bytes = 4097}).find("4097 bytes: the size has to be a multiple of 4096") != std::string::npos);
+  CHECK(refusal({.size_bytes = 99999999 * kMiB}) ==
+        "memory: 99999999 MiB: the host cannot map that much (at most 4194304 MiB in one guest)");
+  CHECK(refusal({.size_bytes = ~uint64_t{0} - 4095}).find("the host cannot map that much") != std::string::npos);
+  CHECK(refusal({.size_bytes = 3 * kMiB, .huge_pages = HugePages::reserved_2m}).find("multiple of 2 MiB") !=
+        std::string::npos);
+  // No host has a pool of huge pages for this one.
+  const std::string huge = refusal({.size_bytes = 2ull << 40, .huge_pages = HugePages::reserved_2m});
+  CHECK(huge.find("memory: 2097152 MiB: the host cannot map that much (") == 0);
+}
+
+TEST_CASE("memory: only whole ranges inside one region are memory") {
+  GuestMemory memory = make(3 * kGiB + kMiB);
+  CHECK(memory.slice({0}, 3 * kGiB) == memory.regions()[0].host);
+  CHECK(memory.slice({kHoleStart - 1}, 1) != nullptr);
+  CHECK(memory.slice({kHoleStart - 1}, 0) != nullptr);
+  CHECK(memory.slice({kHoleStart}, 0) == nullptr);
+  CHECK(memory.slice({kHoleStart - 1}, 2) == nullptr);
+  CHECK(memory.slice({kHoleEnd - 1}, 2) == nullptr);
+  CHECK(memory.slice({kHoleEnd}, kMiB) == memory.regions()[1].host);
+  CHECK(memory.slice({kHoleEnd}, kMiB + 1) == nullptr);
+  CHECK(memory.slice({kHoleEnd + kMiB}, 1) == nullptr);
+  CHECK(memory.slice({~uint64_t{0}}, 1) == nullptr);
+  CHECK(memory.slice({1}, ~uint64_t{0}) == nullptr);
+  CHECK(memory.slice({kHoleEnd + 1}, ~uint64_t{0} - kHoleEnd) == nullptr);
+
+  uint64_t value = 5;
+  CHECK_FALSE(memory.read({kHoleStart - 4}, &value, 8));
+  CHECK(value == 5);
+  CHECK_FALSE(memory.write({kHoleStart - 4}, &value, 8));
+  CHECK(memory.load<uint32_t>({kHoleStart - 4}) == 0);
+  CHECK_FALSE(memory.load<uint32_t>({kHoleStart - 3}).has_value());
+}
+
+TEST_CASE("memory: a memfd holds both regions, sealed against a change of size") {
+  GuestMemory memory = make(3 * kGiB + kMiB, MemoryBacking::memfd);
+  struct stat status {};
+  REQUIRE(::fstat(memory.memfd(), &status) == 0);
+  CHECK(static_cast<uint64_t>(status.st_size) == 3 * kGiB + kMiB);
+  REQUIRE(memory.store({kHoleEnd + 16}, uint32_t{0xabcd}));
+  REQUIRE(memory.store({16}, uint32_t{0x1234}));
+  uint32_t seen = 0;
+  CHECK(::pread(memory.memfd(), &seen, 4, 3 * kGiB + 16) == 4);
+  CHECK(seen == 0xabcd);
+  CHECK(::pread(memory.memfd(), &seen, 4, 16) == 4);
+  CHECK(seen == 0x1234);
+  CHECK(::ftruncate(memory.memfd(), 4096) == -1);
+}
+
+TEST_CASE("memory: prefaulted pages are present, and no others") {
+  GuestMemory memory = make(16 * kMiB);
+  ::madvise(memory.regions()[0].host, 16 * kMiB, MADV_NOHUGEPAGE);
+  memory.prefault({5 * kPageSize + 1}, kPageSize);
+  memory.prefault({16 * kMiB}, 1);
+  std::vector<unsigned char> present(16 * kMiB / kPageSize);
+  REQUIRE(::mincore(memory.regions()[0].host, 16 * kMiB, present.data()) == 0);
+  CHECK(present[4] == 0);
+  CHECK(present[5] == 1);
+  CHECK(present[6] == 1);
+  CHECK(present[7] == 0);
+}
+
+TEST_CASE("memory: dirty marks") {
+  GuestMemory memory = make(3 * kGiB + kMiB);
+  const std::byte data[3 * kPageSize]{};
+  REQUIRE(memory.write({0}, data, 1));
+  CHECK(memory.take_dirty(0).empty());
+
+  memory.enable_dirty_tracking(true);
+  CHECK(count(memory.take_dirty(0)) == 0);
+  REQUIRE(memory.write({kPageSize - 1}, data, 2));               // pages 0 and 1
+  REQUIRE(memory.write({63 * kPageSize}, data, 2 * kPageSize));  // 63 and 64, over the end of a word
+  REQUIRE(memory.write({kHoleEnd + kMiB - 1}, data, 1));         // the last page of the second region
+  REQUIRE(memory.write({5 * kPageSize}, data, 0));               // nothing
+  memory.mark_dirty({128 * kPageSize}, 200 * kPageSize);         // words 2 to 5, the last one in part
+  memory.mark_dirty({kHoleStart - 1}, 2);                        // not memory
+  const auto low = memory.take_dirty(0);
+  REQUIRE(low.size() == 3 * kGiB / kPageSize / 64);
+  CHECK(low[0] == ((1ull << 63) | 3));
+  CHECK(low[1] == 1);
+  CHECK(low[2] == ~0ull);
+  CHECK(low[5] == 0xff);
+  CHECK(count(low) == 4 + 200);
+  CHECK(memory.take_dirty(1)[3] == 1ull << 63);
+  CHECK(count(memory.take_dirty(0)) == 0);
+
+  memory.mark_dirty({0}, 1);
+  memory.enable_dirty_tracking(false);
+  memory.mark_dirty({kPageSize}, 1);
+  CHECK(memory.take_dirty(0)[0] == 1);
+  memory.mark_dirty({0}, 1);
+  memory.enable_dirty_tracking(true);
+  CHECK(count(memory.take_dirty(0)) == 0);
+
+  GuestMemory moved = std::move(memory);
+  REQUIRE(moved.store({8 * kPageSize}, 1));
+  CHECK(moved.take_dirty(0)[0] == 1ull << 8);
+}
