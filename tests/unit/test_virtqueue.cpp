@@ -299,10 +299,10 @@ TEST_CASE("virtqueue: a push marks what was written, and the ring, and nothing e
 }
 
 TEST_CASE("virtqueue: the used index is marked where it lies pages away from the used entry") {
-  GuestMemory memory = make_memory(1 << 20);
+  GuestMemory memory = make_memory(32 << 20);
   FakeDriver driver(memory, {false, 1024, 0, 0x10000, 1023});
   const auto queue = make_queue(memory, driver);
-  REQUIRE(driver.add({{0x80000, 16, false}}));
+  REQUIRE(driver.add({{0x1e00000, 16, false}}));
   driver.publish();
   Popped popped(1024);
   REQUIRE(queue->pop(popped.chain) == CLONE_OK);
