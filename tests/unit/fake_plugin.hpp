@@ -90,7 +90,7 @@ struct SavedState {
 class DeviceUnderTest {
  public:
   DeviceUnderTest(const clone_descriptor& descriptor, const clone_device_ops& ops, const clone_host* host)
-      : descriptor_(descriptor), ops_(ops) {
+      : descriptor_(descriptor), ops_(ops), host_(host) {
     if (call([&](clone_err* err) { return ops_.create(host, &device_, err); }) != CLONE_OK)
       throw std::runtime_error(error);
   }
@@ -145,8 +145,13 @@ class DeviceUnderTest {
     return static_cast<const Table*>(ops_.get_extension(device_, id));
   }
   // What a transport is given of this device.
-  clone_virtio_attachment attachment(const char* name) const {
-    return {sizeof(clone_virtio_attachment), 0, name, device_, extension<clone_virtio_device>(CLONE_VIRTIO_DEVICE)};
+  clone_virtio_attachment attachment() const {
+    return {sizeof(clone_virtio_attachment),
+            0,
+            host_->name,
+            device_,
+            extension<clone_virtio_device>(CLONE_VIRTIO_DEVICE),
+            host_};
   }
 
   template <typename Call>
@@ -188,6 +193,7 @@ class DeviceUnderTest {
 
   const clone_descriptor& descriptor_;
   const clone_device_ops& ops_;
+  const clone_host* host_;
   void* device_ = nullptr;
 };
 

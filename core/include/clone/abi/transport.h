@@ -12,13 +12,14 @@ extern "C" {
 
 #define CLONE_TRANSPORT_FACTORY "clone.transport/1"
 
-/* What a transport is given of a device; the pointers last until both are destroyed. */
+/* What a transport is given of a device. The transport is destroyed before the devices that are attached to it. */
 typedef struct clone_virtio_attachment {
   uint32_t size;
   uint32_t reserved;
   const char *name; /* of the instance, e.g. "virtio-blk.0" */
   void *device;
   const clone_virtio_device *table;
+  const clone_host *host; /* of the device: what is claimed through it carries the device's name */
 } clone_virtio_attachment;
 
 /* A transport lives as a device does: `ops` has the same functions with the same meaning. Its save() holds the registers

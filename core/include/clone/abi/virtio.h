@@ -48,6 +48,9 @@ typedef struct clone_virtio_device {
   /* [vcpu] or [control]. Stops serving: on return the queues are not touched any more and can be destroyed. Harmless when
    * not active. */
   void (*reset)(void *device);
+  /* [any] After configure(). Those of the host's ring features `offered` that the device can serve: a kernel backend may
+   * not know packed rings. Optional: all of them. */
+  uint64_t (*ring_features)(void *device, uint64_t offered);
 } clone_virtio_device;
 
 #ifdef __cplusplus

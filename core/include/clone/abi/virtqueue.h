@@ -92,8 +92,8 @@ typedef struct clone_host_virtqueue {
   /* Before sleeping. Returns 1 when chains came in meanwhile: pop() again instead of sleeping. */
   int32_t (*enable_kick)(clone_virtqueue *queue);
 
-  /* For kernel backends (vhost): addresses, and an eventfd that interrupts the driver when written. Taking call_fd tells
-   * the transport that interrupts come from elsewhere. Owned by the queue. */
+  /* For kernel backends (vhost): addresses, and an eventfd that interrupts the driver when written. Taking call_fd,
+   * inside of activate(), tells the transport that interrupts come from elsewhere. Owned by the queue. */
   clone_status (*layout)(clone_virtqueue *queue, clone_virtqueue_layout *layout);
   int32_t (*call_fd)(clone_virtqueue *queue);
   /* [any] 1 when call_fd() was taken. */

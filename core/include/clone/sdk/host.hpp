@@ -91,6 +91,14 @@ class Host {
     return Claim(host_, bus, id);
   }
 
+  Result<uint64_t> allocate_mmio(uint64_t size_bytes, uint64_t alignment) const {
+    const auto* bus = CLONE_TRY(service<clone_host_bus>(CLONE_HOST_BUS));
+    uint64_t start = 0;
+    ErrorBuffer error;
+    CLONE_TRY(error.result(bus->allocate_mmio(host_, size_bytes, alignment, &start, error)));
+    return start;
+  }
+
   Result<uint32_t> allocate_gsi(uint32_t wanted = CLONE_GSI_ANY) const {
     const auto* irq = CLONE_TRY(service<clone_host_irq>(CLONE_HOST_IRQ));
     uint32_t gsi = 0;

@@ -2,6 +2,8 @@
 // A virtio device as a class, its queues, and chains as spans. A device written with it knows no transport.
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cassert>
 #include <span>
@@ -102,6 +104,16 @@ class Queue {
 
   explicit operator bool() const { return queue_ != nullptr; }
   int kick_fd() const { return table_->kick_fd(queue_); }
+  // Empties kick_fd, before looking for chains.
+  void clear_kick() const {
+    uint64_t count;
+    [[maybe_unused]] const ssize_t size_bytes = ::read(kick_fd(), &count, sizeof count);
+  }
+  // Signals kick_fd: come back later, after whatever else the loop has to do.
+  void kick() const {
+    const uint64_t one = 1;
+    [[maybe_unused]] const ssize_t size_bytes = ::write(kick_fd(), &one, sizeof one);
+  }
   uint32_t size() const { return size_; }
   clone_virtqueue* raw() const { return queue_; }
   const clone_host_virtqueue* table() const { return table_; }
@@ -146,6 +158,7 @@ class VirtioDevice : public Device {
   using Device::Device;
 
   virtual uint64_t features() const = 0;
+  virtual uint64_t ring_features(uint64_t offered) const { return offered; }
   virtual uint32_t queue_count() const = 0;
   virtual uint32_t queue_max_size(uint32_t index) const = 0;
   virtual uint32_t config_size() const { return 0; }
@@ -179,7 +192,8 @@ class VirtioDeviceOf : public VirtioDevice {
           self(device).write_config(offset, data, size_bytes);
         },
         activate_thunk,
-        [](void* device) noexcept { self(device).reset_queues(); }};
+        [](void* device) noexcept { self(device).reset_queues(); },
+        [](void* device, uint64_t offered) noexcept { return self(device).ring_features(offered); }};
     return id == CLONE_VIRTIO_DEVICE ? &table : nullptr;
   }
 
