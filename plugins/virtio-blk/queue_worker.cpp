@@ -69,14 +69,17 @@ void QueueWorker::set_mode(Mode mode) {
 
 void QueueWorker::wait_parked() {
   std::unique_lock lock(mutex_);
-  parked_changed_.wait(lock, [this] { return parked_; });
+  parked_changed_.wait(lock, [this] { return parked_ || ended_; });
 }
 
 void QueueWorker::run() {
   if (auto attached = engine_->attach(); !attached.ok()) {
     host_.log(CLONE_LOG_ERROR, attached.error().message);
-    broken_ = true;
     port_->needs_reset(port_->context);
+    std::lock_guard lock(mutex_);
+    ended_ = true;
+    parked_changed_.notify_all();
+    return;
   }
   while (true) {
     const Mode mode = mode_.load(std::memory_order_acquire);
