@@ -97,6 +97,8 @@ void QueueWorker::run() {
       parked_ = mode_ == Mode::parked;
       parked_changed_.notify_all();
     }
+    // The first poll() may have taken the signal that announced another mode.
+    if (mode_.load(std::memory_order_acquire) != mode) continue;
     engine_->poll(true);
     if (mode == Mode::running) tell_driver();
   }

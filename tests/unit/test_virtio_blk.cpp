@@ -696,6 +696,27 @@ TEST_CASE("virtio-blk: queues activated before start wait for it") {
   CHECK(rig.take(0).size() == 1);
 }
 
+TEST_CASE("virtio-blk: paused and resumed at any moment") {
+  for (const char* aio : {"io_uring", "threads"}) {
+    TemporaryFile file(64 * kSector);
+    Rig rig({{"path", file.path()}, {"aio", aio}, {"queues", "2"}});
+    REQUIRE(rig.device().start() == CLONE_OK);
+    std::mt19937 random(3);
+    for (int round = 0; round < 300; ++round) {
+      rig.activate();
+      const auto spin_until = std::chrono::steady_clock::now() + std::chrono::microseconds(random() % 200);
+      while (std::chrono::steady_clock::now() < spin_until) {
+      }
+      REQUIRE(rig.device().quiesce() == CLONE_OK);
+      REQUIRE(rig.device().resume() == CLONE_OK);
+      REQUIRE(rig.device().quiesce() == CLONE_OK);
+      REQUIRE(rig.device().resume() == CLONE_OK);
+      REQUIRE(rig.run(VIRTIO_BLK_T_IN, 0, {}, 512) == VIRTIO_BLK_S_OK);
+      rig.reset();
+    }
+  }
+}
+
 TEST_CASE("virtio-blk: read-only disks") {
   TemporaryFile file(64 * kSector);
   REQUIRE(::fchmod(file.fd(), 0400) == 0);
