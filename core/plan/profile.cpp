@@ -148,9 +148,8 @@ std::string write_profile(const CheckedPlan& checked) {
   put("mem", plan.memory.size_bytes % (1 << 20) == 0 ? format_size(plan.memory.size_bytes)
                                                      : std::to_string(plan.memory.size_bytes >> 10) + "K");
   put("mem-backing", plan.memory.backing == MemoryBacking::memfd ? "memfd" : "anonymous");
-  put("huge-pages", plan.memory.huge_pages == HugePages::off           ? "off"
-                    : plan.memory.huge_pages == HugePages::transparent ? "transparent"
-                                                                       : "2M");
+  static constexpr const char* huge_pages[] = {"off", "kernel", "transparent", "2M"};
+  put("huge-pages", huge_pages[static_cast<size_t>(plan.memory.huge_pages)]);
   put("ksm", plan.memory.mergeable ? "on" : "off");
   put("vcpus", std::to_string(plan.vcpus));
   put("no-reboot", plan.on_reboot == OnReboot::exit ? "on" : "off");

@@ -3,12 +3,14 @@
 #include "vm/machine.hpp"
 
 #include <algorithm>
+#include <thread>
 
 #include "boot/entry.hpp"
 #include "boot/modules.hpp"
 #include "clone/abi/boot_arguments.h"
 #include "clone/abi/virtio.h"
 #include "clone/sdk/error.hpp"
+#include "loop/thread.hpp"
 #include "plugin/catalogue.hpp"
 #include "plugin/crash_report.hpp"
 #include "util/log.hpp"
@@ -71,6 +73,9 @@ Result<void> Machine::build(Timing& timing) {
   timing.mark("kernel file");
   memory_ = TRY(GuestMemory::create(plan.memory));
   timing.mark("memory");
+  // Copying the kernel and the kernel's own work for KVM's memory slots take milliseconds each: side by side.
+  Result<void> loaded;
+  Thread loader = TRY(spawn_thread("clone-load", [&] { loaded = load_kernel(kernel); }));
   kvm_ = TRY(Kvm::open());
   TRY(kvm_->check_vcpu_count(plan.vcpus));
   vm_ = TRY(KvmVm::create(*kvm_));
@@ -83,7 +88,17 @@ Result<void> Machine::build(Timing& timing) {
   timing.mark("memory slots");
   TRY(make_devices());
   timing.mark("devices");
-  return load(kernel, timing);
+  loader.join();
+  TRY(std::move(loaded));
+  timing.mark("kernel load (rest)");
+  return prepare_boot(kernel.image(), timing);
+}
+
+Result<void> Machine::load_kernel(const KernelFile& kernel) {
+  const KernelImage& image = kernel.image();
+  if (plan_.plan.memory.huge_pages == HugePages::kernel)
+    memory_->prefer_huge_pages(image.start, image.end.value - image.start.value);
+  return kernel.load_into(*memory_);
 }
 
 Result<void> Machine::make_instance(const std::string& name, const DeviceType& type, const OptionValues& options) {
@@ -117,11 +132,7 @@ Result<void> Machine::make_devices() {
   return {};
 }
 
-Result<void> Machine::load(const KernelFile& kernel, Timing& timing) {
-  const KernelImage& image = kernel.image();
-  TRY(kernel.load_into(*memory_));
-  timing.mark("kernel load");
-
+Result<void> Machine::prepare_boot(const KernelImage& image, Timing& timing) {
   BootConfig boot;
   if (!plan_.plan.initrd.empty()) {
     const Mapping file = TRY(map_file(plan_.plan.initrd).context("--initrd"));
@@ -241,6 +252,12 @@ Result<void> Machine::start(Timing& timing) {
                       [&](clone_err* err) { return instance.ops.start(instance.device, err); }));
   timing.mark("start");
   return vcpus_->start();
+}
+
+Timing::Clock::time_point Machine::first_instruction() const {
+  uint64_t entry_ns;
+  while ((entry_ns = vcpus_->first_entry_ns()) == 0) std::this_thread::yield();
+  return Timing::Clock::time_point(std::chrono::nanoseconds(entry_ns));
 }
 
 Result<void> Machine::press_power_button() {
