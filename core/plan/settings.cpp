@@ -128,9 +128,9 @@ std::vector<Setting> core_settings() {
        toggle, on_off([](Plan& plan, bool on) { plan.on_reboot = on ? OnReboot::exit : OnReboot::again; })},
       {"grace", "SECONDS", "Machine", "How long a guest may take to power off after SIGTERM or SIGINT (default: 10).",
        value, number(0, 3600, [](Plan& plan, uint64_t seconds) { plan.grace_ms = seconds * 1000; })},
-      {"transport", "NAME[,KEY=VALUE…]", "Devices", "How virtio devices appear to the guest (default: mmio).", value,
+      {"transport", "NAME[,KEY=VALUE...]", "Devices", "How virtio devices appear to the guest (default: mmio).", value,
        set_transport},
-      {"device", "NAME[,KEY=VALUE…]", "Devices",
+      {"device", "NAME[,KEY=VALUE...]", "Devices",
        "Add a device; NAME,help prints its options. `clone plugin list` shows what there is.", list, add_device},
       {"without", "NAME", "Devices", "Leave out a device that every machine has by default.", list,
        [](Plan& plan, const std::string& value, const SettingSource&) -> Result<void> {
@@ -144,7 +144,7 @@ std::vector<Setting> core_settings() {
 Setting short_form(const ShortFlag& flag) {
   Setting setting;
   setting.name = flag.flag.substr(2);
-  setting.value_name = flag.value_name + (flag.value_is_optional ? "" : "[,KEY=VALUE…]");
+  setting.value_name = flag.value_name + (flag.value_is_optional ? "" : "[,KEY=VALUE...]");
   setting.group = "Devices";
   setting.help = flag.help;
   // A second --block is a second disk; whether a second --rootfs makes sense is the device's to say.
