@@ -62,7 +62,8 @@ Result<std::unique_ptr<Machine>> Machine::create(const CheckedPlan& plan, EventL
 
 Machine::~Machine() {
   *alive_ = false;
-  if (vcpus_) vcpus_->stop_all();
+  vcpus_.reset();
+  if (vm_) vm_->close();
   destroy_instances();
 }
 
