@@ -870,8 +870,9 @@ TEST_CASE("virtio-blk: the root disk says how it is found") {
                  [](const clone_boot_root_info& found) { CHECK(std::string(found.file_system).empty()); }) == CLONE_OK);
 }
 
-// Run with --no-skip; the queue, the worker and the page cache, without a guest.
-TEST_CASE("virtio-blk: time of 4 KiB requests" * doctest::skip()) {
+// micro-bench -tc='*time of*': the queue, the worker and the page cache, without a guest.
+#ifdef CLONE_MICRO_BENCH
+TEST_CASE("virtio-blk: time of 4 KiB requests") {
   constexpr uint64_t kDisk = 64 << 20;
   for (const char* folder : {"/var/tmp", "/dev/shm"}) {
     TemporaryFile file(kDisk, folder);
@@ -919,3 +920,4 @@ TEST_CASE("virtio-blk: time of 4 KiB requests" * doctest::skip()) {
     }
   }
 }
+#endif

@@ -388,8 +388,9 @@ TEST_CASE("virtqueue: the C table does what the class does") {
   table->destroy(queue);
 }
 
-// Run with --no-skip -tc='*nanoseconds*'.
-TEST_CASE("virtqueue: nanoseconds for a pop and a push" * doctest::skip()) {
+// micro-bench -tc='*nanoseconds*'
+#ifdef CLONE_MICRO_BENCH
+TEST_CASE("virtqueue: nanoseconds for a pop and a push") {
   for (const bool packed : {false, true}) {
     for (const bool indirect : {false, true}) {
       GuestMemory memory = make_memory(8 << 20);
@@ -416,3 +417,4 @@ TEST_CASE("virtqueue: nanoseconds for a pop and a push" * doctest::skip()) {
     }
   }
 }
+#endif
