@@ -145,8 +145,11 @@ Setting short_form(const ShortFlag& flag) {
   // A second --block is a second disk; whether a second --rootfs makes sense is the device's to say.
   setting.kind = flag.value_is_optional ? SettingKind::optional_value : SettingKind::list;
   setting.apply = [flag](Plan& plan, const std::string& value, const SettingSource& source) -> Result<void> {
-    NamedOptions given = TRY(parse_named_options(value));
-    NamedOptions device = TRY(parse_named_options(flag.device + "," + flag.expansion));
+    // A value that was left out leaves its option at the device's default.
+    const bool left_out = flag.value_is_optional && value.empty();
+    const NamedOptions given = left_out ? NamedOptions() : TRY(parse_named_options(value));
+    NamedOptions device = TRY(parse_named_options(flag.device + (flag.expansion.empty() ? "" : "," + flag.expansion)));
+    if (left_out) std::erase_if(device.options, [](const auto& option) { return option.second == "%"; });
     for (auto& [key, expanded] : device.options)
       if (expanded == "%") expanded = given.name;
     for (auto& [key, extra] : given.options) {
