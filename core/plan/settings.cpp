@@ -63,7 +63,8 @@ Result<void> set_memory(Plan& plan, const std::string& value, const SettingSourc
   constexpr uint64_t least = 16ull << 20, most = 1ull << 40;
   auto bytes = size_in(value, 1ull << 20);
   if (!bytes.ok() || *bytes < least || *bytes > most || *bytes % kPageSize != 0)
-    return Error{"'" + value + "' given; allowed is a size from 16M to 1T (a bare number counts in MiB)"};
+    return Error{"'" + value +
+                 "' given; allowed is a size from 16M to 1T in steps of 4K (a bare number counts in MiB)"};
   plan.memory.size_bytes = *bytes;
   return {};
 }
