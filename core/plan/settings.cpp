@@ -63,7 +63,8 @@ Result<void> set_memory(Plan& plan, const std::string& value, const SettingSourc
   constexpr uint64_t least = 16ull << 20, most = 1ull << 40;
   auto bytes = size_in(value, 1ull << 20);
   if (!bytes.ok() || *bytes < least || *bytes > most || *bytes % kPageSize != 0)
-    return Error{"'" + value + "' given; allowed is a size from 16M to 1T (a bare number counts in MiB)"};
+    return Error{"'" + value +
+                 "' given; allowed is a size from 16M to 1T in steps of 4K (a bare number counts in MiB)"};
   plan.memory.size_bytes = *bytes;
   return {};
 }
@@ -150,8 +151,11 @@ Setting short_form(const ShortFlag& flag) {
   // A second --block is a second disk; whether a second --rootfs makes sense is the device's to say.
   setting.kind = flag.value_is_optional ? SettingKind::optional_value : SettingKind::list;
   setting.apply = [flag](Plan& plan, const std::string& value, const SettingSource& source) -> Result<void> {
-    NamedOptions given = TRY(parse_named_options(value));
-    NamedOptions device = TRY(parse_named_options(flag.device + "," + flag.expansion));
+    // A value that was left out leaves its option at the device's default.
+    const bool left_out = flag.value_is_optional && value.empty();
+    const NamedOptions given = left_out ? NamedOptions() : TRY(parse_named_options(value));
+    NamedOptions device = TRY(parse_named_options(flag.device + (flag.expansion.empty() ? "" : "," + flag.expansion)));
+    if (left_out) std::erase_if(device.options, [](const auto& option) { return option.second == "%"; });
     for (auto& [key, expanded] : device.options)
       if (expanded == "%") expanded = given.name;
     for (auto& [key, extra] : given.options) {
