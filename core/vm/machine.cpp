@@ -3,7 +3,6 @@
 #include "vm/machine.hpp"
 
 #include <algorithm>
-#include <filesystem>
 
 #include "boot/entry.hpp"
 #include "boot/modules.hpp"
@@ -186,8 +185,8 @@ Result<std::optional<Initrd>> Machine::generate_initrd(const KernelImage& kernel
   return std::optional(TRY(Initrd::prepare(spec).context("generated initrd")));
 }
 
-// What the plugins ask for, as far as this kernel has it as modules. What the root needs must be there; a guest can do
-// without the rest.
+// What the plugins ask for, as far as this kernel has it as modules or built in. What is missing is told: a guest may
+// still do without it.
 Result<std::vector<std::string>> Machine::guest_modules(const KernelImage& kernel, const clone_boot_root_info& root) {
   const std::string& given = plan_.plan.modules;
   auto directory = find_modules_directory(given, kernel.version);
@@ -196,18 +195,20 @@ Result<std::vector<std::string>> Machine::guest_modules(const KernelImage& kerne
     log_info("no modules of kernel '" + kernel.version + "' in /lib/modules: taking them to be built in");
     return std::vector<std::string>();
   }
-  std::vector<std::string> modules = words(plan_.transport.descriptor.guest_modules);
-  for (const std::string& name : words(root.guest_modules)) modules.push_back(name);
-  for (const CheckedDevice& device : plan_.devices) {
-    for (const std::string& name :
-         words(device.type.descriptor.guest_modules ? device.type.descriptor.guest_modules : "")) {
-      const bool known = resolve_modules(*directory, kernel.version, {&name, 1}).ok();
-      if (known)
+  std::vector<std::string> modules;
+  auto add = [&](const char* names, LogLevel if_missing, const std::string& owner) {
+    for (const std::string& name : words(names ? names : "")) {
+      if (resolve_modules(*directory, kernel.version, {&name, 1}).ok()) {
         modules.push_back(name);
-      else
-        log_info("kernel " + kernel.version + " has no module " + name + " for " + device.instance);
+      } else {
+        log(if_missing, "kernel " + kernel.version + " has no module " + name + " for " + owner);
+      }
     }
-  }
+  };
+  add(plan_.transport.descriptor.guest_modules, LogLevel::warning, "transport " + plan_.plan.transport.type);
+  add(root.guest_modules, LogLevel::info, "the root file system");
+  for (const CheckedDevice& device : plan_.devices)
+    add(device.type.descriptor.guest_modules, LogLevel::info, device.instance);
   return modules;
 }
 
