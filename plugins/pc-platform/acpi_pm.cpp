@@ -68,7 +68,7 @@ constexpr clone_descriptor AcpiPm::descriptor = {sizeof(clone_descriptor),
                                                  "acpi-pm",
                                                  "ACPI power management: power-off, reset, power button, PM timer.",
                                                  options,
-                                                 ""};
+                                                 "button evdev"};
 
 Result<void> AcpiPm::configure(const clone_sdk::Options&) {
   machine_ = CLONE_TRY(host().service<clone_host_machine>(CLONE_HOST_MACHINE));
