@@ -135,7 +135,10 @@ ExitCode check(const std::string& path, CheckOptions options, const std::vector<
 
 ExitCode plugin_command(const Arguments& arguments) {
   CLI::App app("List, inspect and check plugins.", "clone plugin");
-  app.require_subcommand(1);
+  // Not require_subcommand(): it would complain of that before it names the word that is none.
+  app.callback([&app] {
+    if (app.get_subcommands().empty()) throw CLI::RequiredError("list, inspect or check");
+  });
   PluginPaths paths;
   add_plugin_options(app, paths);
   app.fallthrough();

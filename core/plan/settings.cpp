@@ -82,13 +82,13 @@ Apply number(uint64_t least, uint64_t most, std::function<void(Plan&, uint64_t)>
 
 Result<void> add_device(Plan& plan, const std::string& value, const SettingSource& source) {
   NamedOptions named = TRY(parse_named_options(value));
-  plan.devices.push_back({std::move(named.name), std::move(named.options), source.base_folder});
+  plan.devices.push_back({std::move(named.name), std::move(named.options), source.base_folder, source.position});
   return {};
 }
 
 Result<void> set_transport(Plan& plan, const std::string& value, const SettingSource& source) {
   NamedOptions named = TRY(parse_named_options(value));
-  plan.transport = {std::move(named.name), std::move(named.options), source.base_folder};
+  plan.transport = {std::move(named.name), std::move(named.options), source.base_folder, source.position};
   return {};
 }
 
@@ -162,7 +162,7 @@ Setting short_form(const ShortFlag& flag) {
       std::erase_if(device.options, [&](const auto& option) { return option.first == key; });
       device.options.emplace_back(key, extra);
     }
-    plan.devices.push_back({std::move(device.name), std::move(device.options), source.base_folder});
+    plan.devices.push_back({std::move(device.name), std::move(device.options), source.base_folder, source.position});
     return {};
   };
   return setting;
