@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bare guests run by `clone run` with the plugins of the build tree. A guest prints "FAILED …" for what it finds wrong.
+#include <doctest/doctest.h>
+
+#include <signal.h>
+#include <sys/stat.h>
+#include <time.h>
+
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <thread>
+
+#include "scratch_dir.hpp"
+#include "vmm_process.hpp"
+
+using namespace std::chrono_literals;
+
+namespace {
+
+constexpr uint64_t kDiskBytes = 1 << 20;
+
+// Without an error, and with exactly this said after the '>' with which every program starts.
+void check_success(const VmmResult& result, const std::string& output) {
+  CHECK(result.output == output);
+  CHECK(result.errors == "");
+  CHECK(result.status == 0);
+  CHECK(!result.timed_out);
+}
+
+std::string read_file(const std::string& path) {
+  std::ostringstream content;
+  content << std::ifstream(path, std::ios::binary).rdbuf();
+  return content.str();
+}
+
+uint64_t allocated_bytes(const std::string& path) {
+  struct stat status {};
+  REQUIRE(::stat(path.c_str(), &status) == 0);
+  return static_cast<uint64_t>(status.st_blocks) * 512;
+}
+
+}  // namespace
+
+TEST_CASE("power-off, resets and crashes end with their statuses") {
+  const std::vector<std::string> machine{"--mem", "64M", "--no-reboot"};
+  const auto end_with = [&](const std::string& how) {
+    auto arguments = machine;
+    arguments.insert(arguments.end(), {"--cmdline", "end=" + how});
+    return run_guest("hello", arguments);
+  };
+  check_success(end_with("power-off"), ">hello\n");
+  for (const std::string how : {"reset", "keyboard"}) {
+    CAPTURE(how);
+    const VmmResult result = end_with(how);
+    CHECK(result.output == ">hello\n");
+    CHECK(result.errors == "");
+    CHECK(result.status == 3);
+  }
+  const VmmResult crash = end_with("triple-fault");
+  CHECK(crash.output == ">hello\n");
+  CHECK(crash.errors.find("triple fault") != std::string::npos);
+  CHECK(crash.status == 4);
+  // What KVM cannot run: its instruction is named.
+  const VmmResult failure = end_with("emulation");
+  CHECK(failure.output == ">hello\n");
+  CHECK(failure.errors.find("cannot be emulated: dd 0") != std::string::npos);
+  CHECK(failure.status == 5);
+}
+
+TEST_CASE("a reboot starts again with the same disk") {
+  const ScratchDir dir;
+  const std::string disk = dir.write("disk", std::string(4096, '\0'));
+  const VmmResult result = run_guest("boots", {"--mem", "64M", "--block", disk, "--cmdline", "boots=3"});
+  check_success(result, ">boot 1\n>boot 2\n>boot 3\n");
+  CHECK(read_file(disk) == '\3' + std::string(4095, '\0'));
+}
+
+TEST_CASE("virtio-rng over MMIO, with its interrupt") {
+  const VmmResult one = run_guest("random", {"--mem", "64M"});
+  const VmmResult two = run_guest("random", {"--mem", "64M"});
+  for (const VmmResult& result : {one, two}) {
+    CHECK(result.output.starts_with(">random 0x"));
+    CHECK(result.errors == "");
+    CHECK(result.status == 0);
+  }
+  CHECK(one.output != two.output);  // one time in 2^32
+}
+
+TEST_CASE("virtio-blk over MMIO: two disks, one of them read-only") {
+  for (const std::string aio : {"io_uring", "threads"}) {
+    CAPTURE(aio);
+    const ScratchDir dir;
+    const std::string first = dir.write("first", std::string(kDiskBytes, '\xaa'));
+    const std::string second = dir.write("second", std::string(kDiskBytes, '\xbb'));
+    const VmmResult result = run_guest("disks", {"--mem", "64M", "--block", first + ",serial=Eins,aio=" + aio,
+                                                 "--block", second + ",readonly=on,aio=" + aio});
+    check_success(result, ">first 2048 sectors, id Eins\nsecond 2048 sectors, id disk-1\n");
+
+    std::string expected(kDiskBytes, '\xaa');
+    for (size_t i = 0; i < 8 * 512; ++i) expected[8 * 512 + i] = static_cast<char>(i * 7 + i / 512);
+    std::fill_n(expected.begin() + 64 * 512, 16 * 512, '\0');
+    std::fill_n(expected.begin() + 129 * 512, 2 * 512, '\0');
+    CHECK((read_file(first) == expected));
+    CHECK((read_file(second) == std::string(kDiskBytes, '\xbb')));
+    // The discarded sectors hold no space any more, where the file system knows holes.
+    if (allocated_bytes(second) >= kDiskBytes) CHECK(allocated_bytes(first) < allocated_bytes(second));
+  }
+}
+
+TEST_CASE("a hostile guest harms nobody") {
+  const ScratchDir dir;
+  const std::string disk = dir.write("disk", std::string(kDiskBytes, '\xaa'));
+  const VmmResult result = run_guest("hostile", {"--mem", "64M", "--block", disk + ",readonly=on"});
+  CHECK(result.output == ">random survived\ndisk survived\n");
+  // Told of once, not each time.
+  CHECK(result.errors ==
+        "clone: warning: virtio-rng.0: the driver cannot use this device: the driver did not enable the "
+        "request queue\n");
+  CHECK(result.status == 0);
+  CHECK((read_file(disk) == std::string(kDiskBytes, '\xaa')));
+}
+
+TEST_CASE("memory on both sides of the hole") {
+  check_success(run_guest("memory", {"--mem", "5G"}), ">high memory ends at 6144 MiB\n");
+}
+
+TEST_CASE("processors are woken by INIT and SIPI") {
+  for (const std::string count : {"1", "4", "32"}) {
+    CAPTURE(count);
+    const VmmResult result =
+        run_guest("processors", {"--mem", "64M", "--vcpus", count, "--cmdline", "processors=" + count});
+    check_success(result, ">" + count + " processors counted to " + count + "00\n");
+  }
+}
+
+TEST_CASE("ACPI tables are found and describe the machine") {
+  const ScratchDir dir;
+  const std::string disk = dir.write("disk", std::string(kDiskBytes, '\0'));
+  check_success(run_guest("acpi", {"--mem", "64M"}), ">1 processors, 1 virtio devices\n");
+  check_success(run_guest("acpi", {"--mem", "64M", "--vcpus", "3", "--block", disk, "--block", disk + ",readonly=on"}),
+                ">3 processors, 3 virtio devices\n");
+}
+
+TEST_CASE("the RTC tells the host's time") {
+  const time_t before = ::time(nullptr);
+  const VmmResult result = run_guest("clock", {"--mem", "64M"});
+  const time_t after = ::time(nullptr);
+  CHECK(result.status == 0);
+  tm told{};
+  int century = 0;
+  REQUIRE(std::sscanf(result.output.c_str(), ">time %d %d %d %d %d %d %d", &century, &told.tm_year, &told.tm_mon,
+                      &told.tm_mday, &told.tm_hour, &told.tm_min, &told.tm_sec) == 7);
+  told.tm_year += century * 100 - 1900;
+  told.tm_mon -= 1;
+  const time_t guest = ::timegm(&told);
+  CHECK(guest >= before);
+  CHECK(guest <= after);
+}
+
+TEST_CASE("the serial port by interrupts both ways") {
+  // What is there before the guest listens is not lost.
+  check_success(run_guest("echo", {"--mem", "64M"}, "hello, world."), ">ready\nHELLO, WORLD.\ndone\n");
+  // And what comes later, and more at once than the chip holds.
+  VmmProcess process("echo", {"--mem", "64M"});
+  REQUIRE(process.wait_for("ready\n"));
+  process.type("abc");
+  REQUIRE(process.wait_for("ABC"));
+  std::string much, capitals;
+  for (unsigned i = 0; i < 200; ++i) {
+    much += static_cast<char>('a' + i % 26);
+    capitals += static_cast<char>('A' + i % 26);
+  }
+  process.type(much);
+  REQUIRE(process.wait_for(capitals));
+  process.type(".");
+  check_success(process.finish(), ">ready\nABC" + capitals + ".\ndone\n");
+}
+
+TEST_CASE("SIGTERM presses the power button") {
+  for (const std::string how : {"poll", "interrupt"}) {
+    CAPTURE(how);
+    VmmProcess process("button", {"--mem", "64M", "--cmdline", "button=" + how});
+    REQUIRE(process.wait_for("ready\n"));
+    process.signal(how == "poll" ? SIGTERM : SIGINT);
+    check_success(process.finish(), ">ready\npressed\n");
+  }
+}
+
+TEST_CASE("a guest that does not obey is stopped") {
+  const auto start = [](VmmProcess& process) {
+    REQUIRE(process.wait_for("ready\n"));
+    return std::chrono::steady_clock::now();
+  };
+  const auto since = [](auto then) { return std::chrono::steady_clock::now() - then; };
+  {
+    // It knows of the button: it gets its time.
+    VmmProcess process("button", {"--mem", "64M", "--cmdline", "button=enable", "--grace", "1"});
+    const auto ready = start(process);
+    process.signal(SIGTERM);
+    const VmmResult result = process.finish();
+    CHECK(since(ready) >= 1s);
+    CHECK(since(ready) < 4s);
+    CHECK(result.errors == "clone: error: the guest did not power off in time; stopping it\n");
+    CHECK(result.status == 6);
+  }
+  {
+    // It does not: there is nothing to wait for.
+    VmmProcess process("button", {"--mem", "64M", "--cmdline", "button=ignore", "--grace", "15"});
+    const auto ready = start(process);
+    process.signal(SIGTERM);
+    const VmmResult result = process.finish();
+    CHECK(since(ready) < 4s);
+    CHECK(result.errors.find("does not listen to the power button; stopping it") != std::string::npos);
+    CHECK(result.status == 6);
+  }
+  {
+    VmmProcess process("button", {"--mem", "64M", "--cmdline", "button=enable", "--grace", "15"});
+    const auto ready = start(process);
+    process.signal(SIGTERM);
+    std::this_thread::sleep_for(100ms);
+    process.signal(SIGTERM);
+    const VmmResult result = process.finish();
+    CHECK(since(ready) < 4s);
+    CHECK(result.errors == "");
+    CHECK(result.status == 6);
+  }
+  {
+    VmmProcess process("button", {"--mem", "64M", "--cmdline", "button=enable", "--grace", "15"});
+    start(process);
+    process.type("\x01x");
+    CHECK(process.finish().status == 6);
+  }
+}

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// A running `clone run`: what it is fed, what it says, how it ends. Nothing waits for longer than a limit.
+#pragma once
+
+#include <chrono>
+#include <string>
+#include <vector>
+
+#include "util/fd.hpp"
+
+struct VmmResult {
+  int status = -1;         // the exit status; 128 + N for signal N
+  bool timed_out = false;  // it was killed
+  std::string output;
+  std::string errors;
+  std::chrono::milliseconds took{};
+};
+
+class VmmProcess {
+ public:
+  // Of the guest programs. The arguments follow `clone run --kernel PROGRAM`.
+  VmmProcess(const std::string& program, const std::vector<std::string>& arguments);
+  VmmProcess(const VmmProcess&) = delete;
+  VmmProcess& operator=(const VmmProcess&) = delete;
+  ~VmmProcess();
+
+  // False when it ends, or time passes, without that in its output.
+  bool wait_for(const std::string& text);
+  void type(const std::string& text);
+  void signal(int number);
+  // Closes its input, reads what it says, and gives the end.
+  VmmResult finish();
+
+ private:
+  bool read_some(std::chrono::steady_clock::time_point end);  // false: at the end of all output, or of time
+
+  pid_t pid_ = -1;
+  vmm::Fd input_;
+  vmm::Fd output_;
+  vmm::Fd errors_;
+  std::chrono::steady_clock::time_point start_;
+  VmmResult result_;
+};
+
+VmmResult run_guest(const std::string& program, const std::vector<std::string>& arguments,
+                    const std::string& input = {});
