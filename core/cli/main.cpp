@@ -9,6 +9,7 @@
 
 #include "cli/command.hpp"
 #include "clone/abi/base.h"
+#include "plugin/crash_report.hpp"
 #include "util/log.hpp"
 
 namespace vmm {
@@ -103,6 +104,8 @@ Parsed parse(CLI::App& app, const Arguments& arguments) {
 }  // namespace vmm
 
 int main(int argc, char** argv) {
+  // Before any plugin is loaded: a crash in one is reported under its name.
+  vmm::install_crash_handler();
   const vmm::Arguments arguments(argv + 1, argv + argc);
   return static_cast<int>(vmm::dispatch(arguments));
 }

@@ -2,6 +2,8 @@
 // Builds CPUID. Leaves and bits: Intel SDM vol. 2A "CPUID", AMD APM vol. 3 appendix E, Linux virt/kvm/x86/cpuid.rst.
 #include "kvm/cpuid.hpp"
 
+#include <cpuid.h>
+
 #include <asm/kvm_para.h>
 
 #include <algorithm>
@@ -28,6 +30,8 @@ void set_bits(uint32_t& value, uint32_t low, uint32_t width, uint32_t field) {
 }
 
 void set_bit(uint32_t& value, uint32_t bit, bool on) { set_bits(value, bit, 1, on); }
+
+constexpr uint32_t kBrandLeaf = 0x8000'0002;
 
 class CpuidTable {
  public:
@@ -151,12 +155,32 @@ void set_amd_topology(CpuidTable& table, uint32_t cores, uint32_t apic_id) {
   }
 }
 
+void set_brand(CpuidTable& table, const std::array<uint32_t, 12>& brand) {
+  if (brand[0] == 0) return;
+  for (uint32_t leaf = 0; leaf < 3; ++leaf) {
+    const uint32_t* words = &brand[leaf * 4];
+    table.replace(
+        kBrandLeaf + leaf,
+        {{.function = kBrandLeaf + leaf, .eax = words[0], .ebx = words[1], .ecx = words[2], .edx = words[3]}});
+  }
+}
+
 }  // namespace
+
+std::array<uint32_t, 12> host_brand() {
+  std::array<uint32_t, 12> brand{};
+  for (uint32_t leaf = 0; leaf < 3; ++leaf) {
+    uint32_t* words = &brand[leaf * 4];
+    if (!__get_cpuid(kBrandLeaf + leaf, &words[0], &words[1], &words[2], &words[3])) return {};
+  }
+  return brand;
+}
 
 std::vector<kvm_cpuid_entry2> build_cpuid(std::span<const kvm_cpuid_entry2> supported, const CpuidConfig& config,
                                           uint32_t apic_id) {
   CpuidTable table(supported);
   set_features(table, config);
+  set_brand(table, config.brand);
   set_topology(table, config.vcpus, apic_id);
   if (table.vendor_is("AuthenticAMD") || table.vendor_is("HygonGenuine")) {
     set_amd_topology(table, config.vcpus, apic_id);

@@ -307,6 +307,7 @@ Result<void> KvmVcpu::apply_entry(const EntryState& entry) const {
 Result<std::vector<KvmVcpu>> create_vcpus(const Kvm& kvm, const KvmVm& vm, const VcpuConfig& config) {
   TRY(kvm.check_vcpu_count(config.count));
   const auto supported = TRY(kvm.supported_cpuid());
+  const auto brand = host_brand();
   std::vector<KvmVcpu> vcpus;
   for (uint32_t id = 0; id < config.count; ++id) {
     vcpus.push_back(TRY(KvmVcpu::create(kvm, vm, id)));
@@ -316,6 +317,7 @@ Result<std::vector<KvmVcpu>> create_vcpus(const Kvm& kvm, const KvmVm& vm, const
         .tsc_khz = kvm.capability(KVM_CAP_GET_TSC_KHZ) ? TRY(vcpus[id].tsc_khz()) : 0,
         .tsc_deadline_timer = kvm.capability(KVM_CAP_TSC_DEADLINE_TIMER) != 0,
         .nested_virtualization = config.nested_virtualization,
+        .brand = brand,
     };
     TRY(vcpus[id].set_cpuid(build_cpuid(supported, cpuid, id)));
     TRY(vcpus[id].set_boot_state());

@@ -133,6 +133,19 @@ void GuestMemory::prefault(GuestAddress start, uint64_t size_bytes) const {
   ::madvise(first - in_page, size_bytes + in_page, MADV_POPULATE_WRITE);
 }
 
+void GuestMemory::prefer_huge_pages(GuestAddress start, uint64_t size_bytes) const {
+  for (const Region& region : regions_) {
+    if (start < region.start || size_bytes > region.size_bytes ||
+        start.value - region.start.value > region.size_bytes - size_bytes)
+      continue;
+    const uint64_t offset = start.value - region.start.value;
+    const uint64_t first = offset / kHugePageSize * kHugePageSize;
+    const uint64_t end =
+        std::min((offset + size_bytes + kHugePageSize - 1) / kHugePageSize * kHugePageSize, region.size_bytes);
+    ::madvise(region.host + first, end - first, MADV_HUGEPAGE);
+  }
+}
+
 bool GuestMemory::read(GuestAddress start, void* into, uint64_t size_bytes) const {
   const std::byte* from = slice(start, size_bytes);
   if (!from) return false;

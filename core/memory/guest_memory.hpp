@@ -33,12 +33,17 @@ constexpr uint64_t kHoleStart = 0xc000'0000;
 constexpr uint64_t kHoleEnd = 0x1'0000'0000;
 
 enum class MemoryBacking { anonymous, memfd };
-enum class HugePages { off, transparent, reserved_2m };
+enum class HugePages {
+  off,
+  kernel,       // transparent ones where the kernel is loaded: it touches all of that anyway
+  transparent,  // everywhere
+  reserved_2m,  // from the host's pool (hugetlb)
+};
 
 struct MemoryConfig {
   uint64_t size_bytes = 512ull << 20;
   MemoryBacking backing = MemoryBacking::anonymous;
-  HugePages huge_pages = HugePages::off;
+  HugePages huge_pages = HugePages::kernel;
   bool mergeable = true;  // MADV_MERGEABLE: open to the host's KSM
 };
 
@@ -68,6 +73,8 @@ class GuestMemory {
 
   // Makes the pages of a range present now, before they are filled: cheaper than by a fault each. Only a hint. [any]
   void prefault(GuestAddress start, uint64_t size_bytes) const;
+  // Wishes for transparent huge pages wherever the range touches one. A host without them does without. [any]
+  void prefer_huge_pages(GuestAddress start, uint64_t size_bytes) const;
 
   // Copies; false, and nothing done, when the range is not memory. write() marks pages dirty. [any]
   [[nodiscard]] bool read(GuestAddress start, void* into, uint64_t size_bytes) const;

@@ -28,6 +28,9 @@ Result<CheckedPlan> check_plan(const Plan& plan, PluginLibrary& library) {
   Plan& full = checked.plan;
   std::string mistakes;
   auto mistake = [&](const std::string& text) { mistakes += (mistakes.empty() ? "" : "\n") + text; };
+  auto mistake_in = [&](const PlannedDevice& device, const std::string& text) {
+    mistake((device.where.empty() ? "" : device.where + ": ") + text);
+  };
 
   std::vector<std::string> unused = plan.without;
   for (const PluginFile& file : library.catalogue().files())
@@ -36,14 +39,14 @@ Result<CheckedPlan> check_plan(const Plan& plan, PluginLibrary& library) {
       const bool unwanted = std::erase(unused, provided.name) > 0;
       const bool planned = std::any_of(full.devices.begin(), full.devices.end(),
                                        [&](const PlannedDevice& device) { return device.type == provided.name; });
-      if (!unwanted && !planned) full.devices.push_back({provided.name, {}, {}});
+      if (!unwanted && !planned) full.devices.push_back({provided.name, {}, {}, {}});
     }
   for (const std::string& name : unused) mistake("--without " + name + ": no plugin offers such a default device");
 
   auto check = [&](const std::string& what, const PlannedDevice& device, const DeviceType& type) {
     auto options = OptionValues::check(type.descriptor, resolve_paths(device, type.descriptor));
     if (options.ok()) return std::move(options).value();
-    mistake(what + ": " + options.error().message);
+    mistake_in(device, what + ": " + options.error().message);
     return OptionValues{};
   };
 
@@ -51,14 +54,14 @@ Result<CheckedPlan> check_plan(const Plan& plan, PluginLibrary& library) {
     checked.transport = *transport;
     checked.transport_options = check("transport " + full.transport.type, full.transport, *transport);
   } else {
-    mistake(transport.error().message);
+    mistake_in(full.transport, transport.error().message);
   }
 
   std::map<std::string, unsigned> counts;
   for (const PlannedDevice& device : full.devices) {
     auto type = library.device(device.type);
     if (!type.ok()) {
-      mistake(type.error().message);
+      mistake_in(device, type.error().message);
       continue;
     }
     CheckedDevice& added = checked.devices.emplace_back();

@@ -18,6 +18,7 @@ struct PlannedDevice {
   std::string type;
   KeyValues options;
   std::string base_folder;  // that relative paths start from; empty: the current one
+  std::string where;        // "vm.yaml:3:5", of one from a profile; messages begin with it
 };
 
 enum class OnReboot { again, exit };
@@ -31,7 +32,7 @@ struct Plan {
   BootProtocol protocol = BootProtocol::automatic;
   MemoryConfig memory;
   uint32_t vcpus = 1;
-  PlannedDevice transport{"mmio", {}, {}};
+  PlannedDevice transport{"mmio", {}, {}, {}};
   std::vector<PlannedDevice> devices;
   std::vector<std::string> without;  // default devices that are not wanted
   OnReboot on_reboot = OnReboot::again;

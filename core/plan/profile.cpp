@@ -16,8 +16,7 @@ namespace {
 class ProfileReader {
  public:
   ProfileReader(std::string path, const std::vector<Setting>& settings) : path_(std::move(path)), settings_(settings) {
-    const auto folder = std::filesystem::absolute(path_).parent_path();
-    source_.base_folder = folder.string();
+    base_folder_ = std::filesystem::absolute(path_).parent_path().string();
   }
 
   void read(const YAML::Node& root) {
@@ -57,7 +56,7 @@ class ProfileReader {
     return keys;
   }
   void add(const Setting& setting, const YAML::Mark& mark, std::string value) {
-    given.push_back({&setting, std::move(value), source_, where(mark) + ": " + setting.name});
+    given.push_back({&setting, std::move(value), {base_folder_, where(mark)}, where(mark) + ": " + setting.name});
   }
 
   void read_setting(const Setting& setting, const YAML::Node& node) {
@@ -93,7 +92,7 @@ class ProfileReader {
 
   std::string path_;
   const std::vector<Setting>& settings_;
-  SettingSource source_;
+  std::string base_folder_;
 };
 
 void write_named(YAML::Emitter& out, const std::string& name, const KeyValues& options) {
@@ -148,9 +147,8 @@ std::string write_profile(const CheckedPlan& checked) {
   put("mem", plan.memory.size_bytes % (1 << 20) == 0 ? format_size(plan.memory.size_bytes)
                                                      : std::to_string(plan.memory.size_bytes >> 10) + "K");
   put("mem-backing", plan.memory.backing == MemoryBacking::memfd ? "memfd" : "anonymous");
-  put("huge-pages", plan.memory.huge_pages == HugePages::off           ? "off"
-                    : plan.memory.huge_pages == HugePages::transparent ? "transparent"
-                                                                       : "2M");
+  static constexpr const char* huge_pages[] = {"off", "kernel", "transparent", "2M"};
+  put("huge-pages", huge_pages[static_cast<size_t>(plan.memory.huge_pages)]);
   put("ksm", plan.memory.mergeable ? "on" : "off");
   put("vcpus", std::to_string(plan.vcpus));
   put("no-reboot", plan.on_reboot == OnReboot::exit ? "on" : "off");

@@ -63,7 +63,8 @@ Result<void> set_memory(Plan& plan, const std::string& value, const SettingSourc
   constexpr uint64_t least = 16ull << 20, most = 1ull << 40;
   auto bytes = size_in(value, 1ull << 20);
   if (!bytes.ok() || *bytes < least || *bytes > most || *bytes % kPageSize != 0)
-    return Error{"'" + value + "' given; allowed is a size from 16M to 1T (a bare number counts in MiB)"};
+    return Error{"'" + value +
+                 "' given; allowed is a size from 16M to 1T in steps of 4K (a bare number counts in MiB)"};
   plan.memory.size_bytes = *bytes;
   return {};
 }
@@ -81,13 +82,13 @@ Apply number(uint64_t least, uint64_t most, std::function<void(Plan&, uint64_t)>
 
 Result<void> add_device(Plan& plan, const std::string& value, const SettingSource& source) {
   NamedOptions named = TRY(parse_named_options(value));
-  plan.devices.push_back({std::move(named.name), std::move(named.options), source.base_folder});
+  plan.devices.push_back({std::move(named.name), std::move(named.options), source.base_folder, source.position});
   return {};
 }
 
 Result<void> set_transport(Plan& plan, const std::string& value, const SettingSource& source) {
   NamedOptions named = TRY(parse_named_options(value));
-  plan.transport = {std::move(named.name), std::move(named.options), source.base_folder};
+  plan.transport = {std::move(named.name), std::move(named.options), source.base_folder, source.position};
   return {};
 }
 
@@ -111,10 +112,15 @@ std::vector<Setting> core_settings() {
       {"mem-backing", "KIND", "Machine", "anonymous or memfd (default: anonymous).", value,
        choice<MemoryBacking>({{"anonymous", MemoryBacking::anonymous}, {"memfd", MemoryBacking::memfd}},
                              [](Plan& plan, MemoryBacking backing) { plan.memory.backing = backing; })},
-      {"huge-pages", "KIND", "Machine", "off, transparent, or 2M from the host's reserved pool (default: off).", value,
-       choice<HugePages>(
-           {{"off", HugePages::off}, {"transparent", HugePages::transparent}, {"2M", HugePages::reserved_2m}},
-           [](Plan& plan, HugePages pages) { plan.memory.huge_pages = pages; })},
+      {"huge-pages", "KIND", "Machine",
+       "off, kernel (where the kernel is loaded), transparent (everywhere), or 2M from the host's reserved pool "
+       "(default: kernel).",
+       value,
+       choice<HugePages>({{"off", HugePages::off},
+                          {"kernel", HugePages::kernel},
+                          {"transparent", HugePages::transparent},
+                          {"2M", HugePages::reserved_2m}},
+                         [](Plan& plan, HugePages pages) { plan.memory.huge_pages = pages; })},
       {"ksm", "on|off", "Machine", "Let the host merge identical pages of this VM (default: on).", value,
        on_off([](Plan& plan, bool on) { plan.memory.mergeable = on; })},
       {"vcpus", "N", "Machine", "Virtual processors, 1 to 32 (default: 1).", value,
@@ -123,9 +129,9 @@ std::vector<Setting> core_settings() {
        toggle, on_off([](Plan& plan, bool on) { plan.on_reboot = on ? OnReboot::exit : OnReboot::again; })},
       {"grace", "SECONDS", "Machine", "How long a guest may take to power off after SIGTERM or SIGINT (default: 10).",
        value, number(0, 3600, [](Plan& plan, uint64_t seconds) { plan.grace_ms = seconds * 1000; })},
-      {"transport", "NAME[,KEY=VALUE…]", "Devices", "How virtio devices appear to the guest (default: mmio).", value,
+      {"transport", "NAME[,KEY=VALUE...]", "Devices", "How virtio devices appear to the guest (default: mmio).", value,
        set_transport},
-      {"device", "NAME[,KEY=VALUE…]", "Devices",
+      {"device", "NAME[,KEY=VALUE...]", "Devices",
        "Add a device; NAME,help prints its options. `clone plugin list` shows what there is.", list, add_device},
       {"without", "NAME", "Devices", "Leave out a device that every machine has by default.", list,
        [](Plan& plan, const std::string& value, const SettingSource&) -> Result<void> {
@@ -139,21 +145,24 @@ std::vector<Setting> core_settings() {
 Setting short_form(const ShortFlag& flag) {
   Setting setting;
   setting.name = flag.flag.substr(2);
-  setting.value_name = flag.value_name + (flag.value_is_optional ? "" : "[,KEY=VALUE…]");
+  setting.value_name = flag.value_name + (flag.value_is_optional ? "" : "[,KEY=VALUE...]");
   setting.group = "Devices";
   setting.help = flag.help;
   // A second --block is a second disk; whether a second --rootfs makes sense is the device's to say.
   setting.kind = flag.value_is_optional ? SettingKind::optional_value : SettingKind::list;
   setting.apply = [flag](Plan& plan, const std::string& value, const SettingSource& source) -> Result<void> {
-    NamedOptions given = TRY(parse_named_options(value));
-    NamedOptions device = TRY(parse_named_options(flag.device + "," + flag.expansion));
+    // A value that was left out leaves its option at the device's default.
+    const bool left_out = flag.value_is_optional && value.empty();
+    const NamedOptions given = left_out ? NamedOptions() : TRY(parse_named_options(value));
+    NamedOptions device = TRY(parse_named_options(flag.device + (flag.expansion.empty() ? "" : "," + flag.expansion)));
+    if (left_out) std::erase_if(device.options, [](const auto& option) { return option.second == "%"; });
     for (auto& [key, expanded] : device.options)
       if (expanded == "%") expanded = given.name;
     for (auto& [key, extra] : given.options) {
       std::erase_if(device.options, [&](const auto& option) { return option.first == key; });
       device.options.emplace_back(key, extra);
     }
-    plan.devices.push_back({std::move(device.name), std::move(device.options), source.base_folder});
+    plan.devices.push_back({std::move(device.name), std::move(device.options), source.base_folder, source.position});
     return {};
   };
   return setting;

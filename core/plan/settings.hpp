@@ -22,6 +22,7 @@ enum class SettingKind {
 // Where a value comes from: errors and relative paths depend on it.
 struct SettingSource {
   std::string base_folder;  // of the profile; empty for the command line
+  std::string position;     // "profile.yaml:3:9"; empty for the command line
 };
 
 struct Setting {

@@ -75,7 +75,8 @@ Result<void> check_trust(const std::string& path) {
 }
 
 Result<PluginFile> read_plugin_file(const std::string& path, PluginTrust trust) {
-  const Mapping file = TRY(map_file(path));
+  // Only headers and one section are looked at.
+  const Mapping file = TRY(map_file(path, ReadAhead::nothing));
   if (trust == PluginTrust::checked) TRY(check_trust(path));
   Manifest manifest = TRY(parse_manifest(file.bytes()));
   TRY(check_abi(manifest));

@@ -61,7 +61,8 @@ Result<const clone_plugin*> PluginLibrary::load(const PluginFile& file) {
     return Error{plugin_name(file) + ": its entry function threw an exception"};
   }
   const clone_plugin plugin = copy_table(table);
-  if (!plugin.manifest || !plugin.get_factory || file.manifest.id != plugin.manifest->id)
+  if (!plugin.manifest || !plugin.get_factory ||
+      std::strncmp(plugin.manifest->id, file.manifest.id.c_str(), sizeof plugin.manifest->id) != 0)
     return Error{plugin_name(file) + ": its entry function does not return what its manifest says"};
   if (plugin.init) {
     // Lasts as long as the plugin, which is never unloaded.
@@ -84,7 +85,13 @@ Result<const clone_plugin*> PluginLibrary::load(const PluginFile& file) {
 template <typename Factory>
 Result<const Factory*> PluginLibrary::factory(const PluginFile& file, const char* id) {
   const clone_plugin plugin = copy_table(TRY(load(file)));
-  const auto* factory = static_cast<const Factory*>(plugin.get_factory(id));
+  const Factory* factory = nullptr;
+  try {
+    const CrashReport report(file.manifest.id, "in its get_factory function");
+    factory = static_cast<const Factory*>(plugin.get_factory(id));
+  } catch (...) {
+    return Error{plugin_name(file) + ": its get_factory function threw an exception", 0, CLONE_ERR_INTERNAL};
+  }
   if (!factory || factory->size < sizeof(Factory) || !factory->type)
     return Error{plugin_name(file) + ": it has no factory " + id, 0, CLONE_ERR_INTERNAL};
   return factory;

@@ -2,63 +2,31 @@
 // Finds the section `.clone_plugin` in an ELF file and takes the manifest apart.
 #include "plugin/manifest.hpp"
 
-#include <elf.h>
-
 #include <cstring>
-#include <optional>
 
 #include "clone/abi/plugin.h"
+#include "plugin/elf_reader.hpp"
 
 namespace vmm {
 namespace {
 
-template <typename T>
-std::optional<T> at(std::span<const std::byte> bytes, uint64_t offset) {
-  if (offset > bytes.size() || bytes.size() - offset < sizeof(T)) return std::nullopt;
-  T value;
-  std::memcpy(&value, bytes.data() + offset, sizeof value);
-  return value;
-}
-
-std::optional<std::span<const std::byte>> part(std::span<const std::byte> bytes, uint64_t offset, uint64_t size) {
-  if (offset > bytes.size() || bytes.size() - offset < size) return std::nullopt;
-  return bytes.subspan(offset, size);
-}
-
 Result<std::span<const std::byte>> find_section(std::span<const std::byte> file, std::string_view wanted) {
-  const Error broken{"not a plugin: the ELF file is damaged", ENOEXEC};
-  const auto header = at<Elf64_Ehdr>(file, 0);
-  if (!header || std::memcmp(header->e_ident, ELFMAG, SELFMAG) != 0)
-    return Error{"not a plugin: not an ELF file", ENOEXEC};
-  if (header->e_ident[EI_CLASS] != ELFCLASS64 || header->e_machine != EM_X86_64 || header->e_type != ET_DYN)
-    return Error{"not a plugin: not a shared object for x86-64", ENOEXEC};
-  if (header->e_shentsize != sizeof(Elf64_Shdr)) return broken;
-
-  auto section = [&](uint64_t index) { return at<Elf64_Shdr>(file, header->e_shoff + index * sizeof(Elf64_Shdr)); };
-  if (header->e_shoff > file.size()) return broken;
-  const auto names_header = section(header->e_shstrndx);
-  if (!names_header) return broken;
-  const auto names = part(file, names_header->sh_offset, names_header->sh_size);
-  if (!names) return broken;
-
-  for (uint64_t index = 0; index < header->e_shnum; ++index) {
-    const auto candidate = section(index);
-    if (!candidate) return broken;
-    if (candidate->sh_name >= names->size()) continue;
-    const auto* name = reinterpret_cast<const char*>(names->data()) + candidate->sh_name;
-    const size_t room = names->size() - candidate->sh_name;
-    if (std::string_view(name, ::strnlen(name, room)) != wanted) continue;
-    if (candidate->sh_type == SHT_NOBITS) return broken;
-    const auto bytes = part(file, candidate->sh_offset, candidate->sh_size);
-    if (!bytes) return broken;
-    return *bytes;
-  }
+  for (const ElfSection& section : TRY(elf_sections(file)))
+    if (section.name == wanted) return section.bytes;
   return Error{"not a plugin: it has no section " + std::string(wanted), ENOEXEC};
 }
 
 template <size_t n>
 std::string text(const char (&field)[n]) {
   return std::string(field, ::strnlen(field, n));
+}
+
+// What reaches a terminal: a file that may be hostile does not get to send it control characters.
+std::string printable(std::string_view raw) {
+  std::string shown(raw);
+  for (char& c : shown)
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
+  return shown;
 }
 
 std::vector<std::string> split(std::string_view line, char separator) {
@@ -81,14 +49,14 @@ Result<void> parse_provides(const std::string& records, Manifest& manifest) {
     const auto fields = split(line, '\t');
     if (fields[0] == "flag") {
       if (fields.size() < 6 || !fields[1].starts_with("--") || !is_name(fields[1].substr(2)) || !is_name(fields[2]))
-        return Error{"the manifest has a record that cannot be read: " + line};
-      ShortFlag flag{fields[1], fields[2], fields[3], false, fields[4], fields[5]};
+        return Error{"the manifest has a record that cannot be read: " + printable(line)};
+      ShortFlag flag{fields[1], fields[2], printable(fields[3]), false, printable(fields[4]), printable(fields[5])};
       if (flag.value_name.starts_with('[') && flag.value_name.ends_with(']')) flag.value_is_optional = true;
       manifest.flags.push_back(std::move(flag));
     } else {
       if (fields.size() < 3 || !is_name(fields[1]))
-        return Error{"the manifest has a record that cannot be read: " + line};
-      manifest.provides.push_back({fields[0], fields[1], fields[2] == "default"});
+        return Error{"the manifest has a record that cannot be read: " + printable(line)};
+      manifest.provides.push_back({printable(fields[0]), fields[1], fields[2] == "default"});
     }
   }
   return {};
@@ -121,11 +89,11 @@ Result<Manifest> parse_manifest(std::span<const std::byte> elf_file) {
   if (manifest.abi_major != CLONE_ABI_MAJOR) return manifest;  // what follows may mean something else
 
   manifest.id = text(raw.id);
-  manifest.version = text(raw.version);
-  manifest.vendor = text(raw.vendor);
-  manifest.licence = text(raw.licence);
-  manifest.description = text(raw.description);
-  if (!is_name(manifest.id)) return Error{"the manifest's id is not a name: '" + manifest.id + "'"};
+  manifest.version = printable(text(raw.version));
+  manifest.vendor = printable(text(raw.vendor));
+  manifest.licence = printable(text(raw.licence));
+  manifest.description = printable(text(raw.description));
+  if (!is_name(manifest.id)) return Error{"the manifest's id is not a name: '" + printable(manifest.id) + "'"};
   TRY(parse_provides(text(raw.provides), manifest));
   return manifest;
 }

@@ -9,7 +9,7 @@
 
 namespace vmm {
 
-Result<Mapping> map_file(const std::string& path) {
+Result<Mapping> map_file(const std::string& path, ReadAhead read_ahead) {
   // O_NONBLOCK: a FIFO given by mistake is refused below, not waited for.
   Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (!fd) return errno_error(path);
@@ -21,7 +21,7 @@ Result<Mapping> map_file(const std::string& path) {
   const auto size_bytes = static_cast<size_t>(status.st_size);
   void* start = ::mmap(nullptr, size_bytes, PROT_READ, MAP_PRIVATE, fd.get(), 0);
   if (start == MAP_FAILED) return errno_error(path);
-  ::madvise(start, size_bytes, MADV_WILLNEED);
+  ::madvise(start, size_bytes, read_ahead == ReadAhead::whole_file ? MADV_WILLNEED : MADV_RANDOM);
   return Mapping(start, size_bytes);
 }
 

@@ -41,8 +41,9 @@ class Mapping {
   size_t size_bytes_ = 0;
 };
 
-// A regular file, mapped read-only and read ahead (MADV_WILLNEED). An empty file is an error: nothing we map
-// may be empty. Errors name the path.
-Result<Mapping> map_file(const std::string& path);
+enum class ReadAhead { whole_file, nothing };
+
+// A regular file, mapped read-only. An empty file is an error: nothing we map may be empty. Errors name the path.
+Result<Mapping> map_file(const std::string& path, ReadAhead read_ahead = ReadAhead::whole_file);
 
 }  // namespace vmm

@@ -3,13 +3,14 @@
 #include "vm/machine.hpp"
 
 #include <algorithm>
-#include <filesystem>
+#include <thread>
 
 #include "boot/entry.hpp"
 #include "boot/modules.hpp"
 #include "clone/abi/boot_arguments.h"
 #include "clone/abi/virtio.h"
 #include "clone/sdk/error.hpp"
+#include "loop/thread.hpp"
 #include "plugin/catalogue.hpp"
 #include "plugin/crash_report.hpp"
 #include "util/log.hpp"
@@ -61,7 +62,8 @@ Result<std::unique_ptr<Machine>> Machine::create(const CheckedPlan& plan, EventL
 
 Machine::~Machine() {
   *alive_ = false;
-  if (vcpus_) vcpus_->stop_all();
+  vcpus_.reset();
+  if (vm_) vm_->close();
   destroy_instances();
 }
 
@@ -72,6 +74,9 @@ Result<void> Machine::build(Timing& timing) {
   timing.mark("kernel file");
   memory_ = TRY(GuestMemory::create(plan.memory));
   timing.mark("memory");
+  // Copying the kernel and the kernel's own work for KVM's memory slots take milliseconds each: side by side.
+  Result<void> loaded;
+  Thread loader = TRY(spawn_thread("clone-load", [&] { loaded = load_kernel(kernel); }));
   kvm_ = TRY(Kvm::open());
   TRY(kvm_->check_vcpu_count(plan.vcpus));
   vm_ = TRY(KvmVm::create(*kvm_));
@@ -84,7 +89,17 @@ Result<void> Machine::build(Timing& timing) {
   timing.mark("memory slots");
   TRY(make_devices());
   timing.mark("devices");
-  return load(kernel, timing);
+  loader.join();
+  TRY(std::move(loaded));
+  timing.mark("kernel load (rest)");
+  return prepare_boot(kernel.image(), timing);
+}
+
+Result<void> Machine::load_kernel(const KernelFile& kernel) {
+  const KernelImage& image = kernel.image();
+  if (plan_.plan.memory.huge_pages == HugePages::kernel)
+    memory_->prefer_huge_pages(image.start, image.end.value - image.start.value);
+  return kernel.load_into(*memory_);
 }
 
 Result<void> Machine::make_instance(const std::string& name, const DeviceType& type, const OptionValues& options) {
@@ -118,11 +133,7 @@ Result<void> Machine::make_devices() {
   return {};
 }
 
-Result<void> Machine::load(const KernelFile& kernel, Timing& timing) {
-  const KernelImage& image = kernel.image();
-  TRY(kernel.load_into(*memory_));
-  timing.mark("kernel load");
-
+Result<void> Machine::prepare_boot(const KernelImage& image, Timing& timing) {
   BootConfig boot;
   if (!plan_.plan.initrd.empty()) {
     const Mapping file = TRY(map_file(plan_.plan.initrd).context("--initrd"));
@@ -186,8 +197,8 @@ Result<std::optional<Initrd>> Machine::generate_initrd(const KernelImage& kernel
   return std::optional(TRY(Initrd::prepare(spec).context("generated initrd")));
 }
 
-// What the plugins ask for, as far as this kernel has it as modules. What the root needs must be there; a guest can do
-// without the rest.
+// What the plugins ask for, as far as this kernel has it as modules or built in. What is missing is told: a guest may
+// still do without it.
 Result<std::vector<std::string>> Machine::guest_modules(const KernelImage& kernel, const clone_boot_root_info& root) {
   const std::string& given = plan_.plan.modules;
   auto directory = find_modules_directory(given, kernel.version);
@@ -196,18 +207,20 @@ Result<std::vector<std::string>> Machine::guest_modules(const KernelImage& kerne
     log_info("no modules of kernel '" + kernel.version + "' in /lib/modules: taking them to be built in");
     return std::vector<std::string>();
   }
-  std::vector<std::string> modules = words(plan_.transport.descriptor.guest_modules);
-  for (const std::string& name : words(root.guest_modules)) modules.push_back(name);
-  for (const CheckedDevice& device : plan_.devices) {
-    for (const std::string& name :
-         words(device.type.descriptor.guest_modules ? device.type.descriptor.guest_modules : "")) {
-      const bool known = resolve_modules(*directory, kernel.version, {&name, 1}).ok();
-      if (known)
+  std::vector<std::string> modules;
+  auto add = [&](const char* names, LogLevel if_missing, const std::string& owner) {
+    for (const std::string& name : words(names ? names : "")) {
+      if (resolve_modules(*directory, kernel.version, {&name, 1}).ok()) {
         modules.push_back(name);
-      else
-        log_info("kernel " + kernel.version + " has no module " + name + " for " + device.instance);
+      } else {
+        log(if_missing, "kernel " + kernel.version + " has no module " + name + " for " + owner);
+      }
     }
-  }
+  };
+  add(plan_.transport.descriptor.guest_modules, LogLevel::warning, "transport " + plan_.plan.transport.type);
+  add(root.guest_modules, LogLevel::info, "the root file system");
+  for (const CheckedDevice& device : plan_.devices)
+    add(device.type.descriptor.guest_modules, LogLevel::info, device.instance);
   return modules;
 }
 
@@ -240,6 +253,12 @@ Result<void> Machine::start(Timing& timing) {
                       [&](clone_err* err) { return instance.ops.start(instance.device, err); }));
   timing.mark("start");
   return vcpus_->start();
+}
+
+Timing::Clock::time_point Machine::first_instruction() const {
+  uint64_t entry_ns;
+  while ((entry_ns = vcpus_->first_entry_ns()) == 0) std::this_thread::yield();
+  return Timing::Clock::time_point(std::chrono::nanoseconds(entry_ns));
 }
 
 Result<void> Machine::press_power_button() {

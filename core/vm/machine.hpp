@@ -61,6 +61,8 @@ class Machine {
 
   // Starts the devices and the vCPUs.
   Result<void> start(Timing& timing);
+  // When the first vCPU entered the guest; waits for it.
+  Timing::Clock::time_point first_instruction() const;
   // Tells the guest that somebody pressed the power button. An error when there is none.
   Result<void> press_power_button();
 
@@ -103,7 +105,8 @@ class Machine {
   Result<void> build(Timing& timing);
   Result<void> make_devices();
   Result<void> make_instance(const std::string& name, const DeviceType& type, const OptionValues& options);
-  Result<void> load(const KernelFile& kernel, Timing& timing);
+  Result<void> load_kernel(const KernelFile& kernel);
+  Result<void> prepare_boot(const KernelImage& image, Timing& timing);
   Result<std::optional<Initrd>> generate_initrd(const KernelImage& kernel);
   Result<std::vector<std::string>> guest_modules(const KernelImage& kernel, const clone_boot_root_info& root);
   std::string command_line();

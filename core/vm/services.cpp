@@ -128,6 +128,7 @@ clone_status ioeventfd(const clone_host* host, uint32_t space, uint64_t address,
                        uint64_t value, int32_t fd, clone_err* err) noexcept {
   return guarded(err, [&]() -> Result<void> {
     if (space > CLONE_BUS_MMIO) return Error{"an ioeventfd needs a space"};
+    if (!machine_of(host).vm().is_open()) return {};  // gone with the VM
     const IoEvent event{static_cast<BusSpace>(space), address, size_bytes, match ? std::optional(value) : std::nullopt};
     return (machine_of(host).vm().*change)(event, fd);
   });
@@ -167,7 +168,10 @@ constexpr clone_host_irq kIrq = {
       return guarded(err, [&] { return machine_of(host).vm().add_irqfd(fd, gsi, resample_fd); });
     },
     [](const clone_host* host, uint32_t gsi, int32_t fd, clone_err* err) noexcept {
-      return guarded(err, [&] { return machine_of(host).vm().remove_irqfd(fd, gsi); });
+      return guarded(err, [&]() -> Result<void> {
+        const KvmVm& vm = machine_of(host).vm();
+        return vm.is_open() ? vm.remove_irqfd(fd, gsi) : Result<void>();
+      });
     },
     [](const clone_host* host, uint32_t* gsi, clone_err* err) noexcept {
       return guarded(err, [&]() -> Result<void> {

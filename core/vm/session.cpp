@@ -77,7 +77,7 @@ Result<Ending> Session::run() {
     if (first) TRY(console.start());
     TRY(machine->start(timing));
     if (report_ == TimingReport::print && first) {
-      timing.mark("first instruction");
+      timing.mark_at("first instruction", machine->first_instruction());
       std::fputs(timing.report().c_str(), stderr);
     }
     loop->run();

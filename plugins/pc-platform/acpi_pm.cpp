@@ -68,7 +68,7 @@ constexpr clone_descriptor AcpiPm::descriptor = {sizeof(clone_descriptor),
                                                  "acpi-pm",
                                                  "ACPI power management: power-off, reset, power button, PM timer.",
                                                  options,
-                                                 ""};
+                                                 "button evdev"};
 
 Result<void> AcpiPm::configure(const clone_sdk::Options&) {
   machine_ = CLONE_TRY(host().service<clone_host_machine>(CLONE_HOST_MACHINE));
@@ -97,6 +97,12 @@ Result<void> AcpiPm::start() {
   return {};
 }
 
+Result<void> AcpiPm::quiesce() {
+  const std::lock_guard lock(mutex_);
+  saved_timer_ = timer();
+  return {};
+}
+
 Result<void> AcpiPm::reset_device() {
   const std::lock_guard lock(mutex_);
   status_ = enabled_ = control_ = 0;
@@ -105,7 +111,7 @@ Result<void> AcpiPm::reset_device() {
 }
 
 Result<void> AcpiPm::save(const clone_sdk::Writer& writer) {
-  const SavedState state = {status_, enabled_, control_, 0, timer()};
+  const SavedState state = {status_, enabled_, control_, 0, saved_timer_};
   return writer.put("pm", kStateVersion, state);
 }
 
@@ -118,6 +124,7 @@ Result<void> AcpiPm::load(const clone_sdk::Reader& reader) {
   status_ = state.status;
   enabled_ = state.enabled;
   control_ = state.control;
+  saved_timer_ = state.timer;
   timer_offset_ = state.timer - host_ticks();
   sci_.forget();
   return {};

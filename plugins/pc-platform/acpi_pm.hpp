@@ -16,7 +16,7 @@ class AcpiPm final : public clone_sdk::Device {
 
   clone_sdk::Result<void> configure(const clone_sdk::Options& options) override;
   clone_sdk::Result<void> start() override;
-  clone_sdk::Result<void> quiesce() override { return {}; }
+  clone_sdk::Result<void> quiesce() override;
   clone_sdk::Result<void> resume() override { return start(); }
   clone_sdk::Result<void> reset_device() override;
   clone_sdk::Result<void> save(const clone_sdk::Writer& writer) override;
@@ -36,6 +36,7 @@ class AcpiPm final : public clone_sdk::Device {
   uint16_t enabled_ = 0;
   uint16_t control_ = 0;
   uint32_t timer_offset_ = 0;  // added to the ticks of the host's clock
+  uint32_t saved_timer_ = 0;   // when it was quiesced or loaded: one moment, however often it is saved
 
   const clone_host_machine* machine_ = nullptr;
   clone_sdk::IrqLine sci_;

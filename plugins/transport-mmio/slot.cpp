@@ -381,7 +381,7 @@ void Slot::write_status(uint32_t value) {
         driver_features_ & kFeatureVersion1 && !(driver_features_ & ~offered_features_) && !unknown_features_;
     if (!introduced || !acceptable) added &= ~kFeaturesOk;
   }
-  if (added & kDriverOk && (!((before | added) & kFeaturesOk) || before & kNeedsReset)) added &= ~kDriverOk;
+  if (!((before | added) & kFeaturesOk)) added &= ~kDriverOk;
   status_.fetch_or(added);
   if (!(added & kDriverOk)) return;
   if (auto result = activate(); !result.ok()) {

@@ -69,14 +69,17 @@ void QueueWorker::set_mode(Mode mode) {
 
 void QueueWorker::wait_parked() {
   std::unique_lock lock(mutex_);
-  parked_changed_.wait(lock, [this] { return parked_; });
+  parked_changed_.wait(lock, [this] { return parked_ || ended_; });
 }
 
 void QueueWorker::run() {
   if (auto attached = engine_->attach(); !attached.ok()) {
     host_.log(CLONE_LOG_ERROR, attached.error().message);
-    broken_ = true;
     port_->needs_reset(port_->context);
+    std::lock_guard lock(mutex_);
+    ended_ = true;
+    parked_changed_.notify_all();
+    return;
   }
   while (true) {
     const Mode mode = mode_.load(std::memory_order_acquire);
@@ -94,6 +97,8 @@ void QueueWorker::run() {
       parked_ = mode_ == Mode::parked;
       parked_changed_.notify_all();
     }
+    // The first poll() may have taken the signal that announced another mode.
+    if (mode_.load(std::memory_order_acquire) != mode) continue;
     engine_->poll(true);
     if (mode == Mode::running) tell_driver();
   }

@@ -79,7 +79,9 @@ class QueueWorker {
   std::atomic<Mode> mode_{Mode::parked};
   std::mutex mutex_;
   std::condition_variable parked_changed_;
-  bool parked_ = false;  // guarded by mutex_, as are changes of mode_
+  // Guarded by mutex_, as are changes of mode_.
+  bool parked_ = false;
+  bool ended_ = false;  // before it began: the engine failed
   clone_sdk::Thread thread_;
 };
 

@@ -171,7 +171,10 @@ Result<void> VirtioBlk::set_aio(Aio aio) {
   if (!use_uring_) return {};
   Result<void> possible = check_uring();
   if (possible.ok()) return {};
-  if (aio == Aio::io_uring) return std::move(possible).context("aio=io_uring");
+  if (aio == Aio::io_uring) {
+    possible.error().message.insert(0, "aio=");
+    return possible;
+  }
   host().log(CLONE_LOG_INFO, "aio=threads, because of " + possible.error().message);
   use_uring_ = false;
   return {};

@@ -161,9 +161,9 @@ class FakeDriver {
   }
   void set_interrupts(bool wanted) {
     if (config_.packed)
-      *at<uint32_t>(driver_address) = wanted ? 0 : 1u << 16;
+      __atomic_store_n(at<uint32_t>(driver_address), wanted ? 0 : 1u << 16, __ATOMIC_RELAXED);
     else
-      *at<uint16_t>(driver_address) = !wanted;
+      __atomic_store_n(at<uint16_t>(driver_address), static_cast<uint16_t>(!wanted), __ATOMIC_RELAXED);
     fence();
   }
   bool used_pending() const {

@@ -12,6 +12,7 @@
 #include <termios.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <string>
 #include <thread>
@@ -49,6 +50,23 @@ std::string read_available(int fd, std::chrono::milliseconds quiet = 50ms) {
     all.append(bytes, static_cast<size_t>(count));
   }
   return all;
+}
+
+// Reads until `done(what came)`, for at most 10 s: on a busy machine a thread may wait long for its turn.
+template <typename Done>
+std::string read_until(int fd, Done done) {
+  std::string all;
+  char bytes[4096];
+  pollfd wanted{fd, POLLIN, 0};
+  while (!done(all) && ::poll(&wanted, 1, 10'000) == 1) {
+    const ssize_t count = ::read(fd, bytes, sizeof bytes);
+    if (count <= 0) break;
+    all.append(bytes, static_cast<size_t>(count));
+  }
+  return all;
+}
+std::string read_until_end(int fd, std::string_view end) {
+  return read_until(fd, [=](const std::string& all) { return all.ends_with(end); });
 }
 
 // A device with room for `room` bytes.
@@ -209,13 +227,15 @@ TEST_CASE("console: output to a pipe is complete and in order, and does not cost
   REQUIRE(stream.start());
   std::string expected = "before ";
   std::string got;
-  std::thread reader([&] { got = read_available(out.reader.get(), 300ms); });
+  std::thread reader([&] {
+    got = read_until(out.reader.get(), [](const std::string& all) { return all.size() >= 300'000; });
+  });
   for (int i = 0; i < 300'000; ++i) {
     const char byte = static_cast<char>('a' + i % 26);
     stream.write({&byte, 1});
     expected += byte;
   }
-  CHECK(stream.flush(2s));
+  CHECK(stream.flush(10s));
   reader.join();
   CHECK(got == expected);
 }
@@ -224,13 +244,15 @@ TEST_CASE("console: a single byte is out at once") {
   Pipe out;
   OutputStream stream(out.writer.get());
   REQUIRE(stream.start());
-  const auto start = std::chrono::steady_clock::now();
+  auto quickest = std::chrono::steady_clock::duration::max();
   for (int i = 0; i < 20; ++i) {
+    const auto start = std::chrono::steady_clock::now();
     stream.write("k");
     char byte;
     REQUIRE(::read(out.reader.get(), &byte, 1) == 1);
+    quickest = std::min(quickest, std::chrono::steady_clock::now() - start);
   }
-  CHECK(std::chrono::steady_clock::now() - start < 500ms);
+  CHECK(quickest < 20ms);
 }
 
 TEST_CASE("console: a stuck pipe costs one short wait and then a note; the writer is never held") {
@@ -244,10 +266,10 @@ TEST_CASE("console: a stuck pipe costs one short wait and then a note; the write
   CHECK_FALSE(stream.flush(20ms));
 
   std::string got;
-  std::thread reader([&] { got = read_available(out.reader.get(), 300ms); });
-  CHECK(stream.flush(2s));
+  std::thread reader([&] { got = read_until_end(out.reader.get(), "the end"); });
+  CHECK(stream.flush(10s));
   stream.write("the end");
-  CHECK(stream.flush(2s));
+  CHECK(stream.flush(10s));
   reader.join();
   const size_t note = got.find(" bytes of console output were lost]\r\n");
   REQUIRE(note != std::string::npos);
@@ -267,9 +289,9 @@ TEST_CASE("console: a stream whose reader is stuck can be destroyed; a reader th
   REQUIRE(stream.start());
   out.reader.reset();
   stream.write("nobody");
-  CHECK(stream.flush(2s));
+  CHECK(stream.flush(10s));
   stream.write("reads");
-  CHECK(stream.flush(2s));
+  CHECK(stream.flush(10s));
 
   int ends[2];
   REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
@@ -319,10 +341,10 @@ TEST_CASE("console: a terminal is raw while the hub lives, also while the guest 
     hub.write("down\n");
     hub.flush();
   });
-  CHECK(read_available(pty.master.get(), 500ms) == "up\n");  // no CR: output is raw too
+  CHECK(read_until_end(pty.master.get(), "up\n") == "up\n");  // no CR: output is raw too
   CHECK(pty.raw());
   REQUIRE(::write(pty.master.get(), "\x03typed\x01x", 8) == 8);
-  CHECK(read_available(pty.master.get(), 500ms).ends_with("down\n"));
+  CHECK(read_until_end(pty.master.get(), "down\n").ends_with("down\n"));
   CHECK(wait_for(child) == 0);
   CHECK_FALSE(pty.raw());
 }

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+# On a terminal: typed input reaches the guest's shell, Ctrl-A X leaves with status 6, as SIGTERM does when the guest has no
+# power button; the terminal's mode is put back each time.
+# seconds: 20
+python3 - <<'END'
+import os
+from terminal import Terminal
+
+command = [os.environ["CLONE"], "run", "--kernel", os.environ["KERNEL_CLOUD"], "--initrd",
+           os.environ["FIXTURES"] + "/busybox-initrd.cpio", "--cmdline", "quiet"]
+for leave in (lambda t: t.type("\x01x"), lambda t: t.kill()):
+    terminal = Terminal(command)
+    terminal.expect("# ")
+    assert terminal.is_raw()
+    terminal.type("echo $((6 * 7))y; tty\r")
+    terminal.expect("42y")
+    terminal.expect("/dev/ttyS0")
+    terminal.expect("# ")
+    terminal.type("sleep 1000\r")
+    terminal.expect("sleep 1000")
+    terminal.type("\x03")  # interrupts the guest's program, not clone
+    terminal.expect("# ", 20)
+    leave(terminal)
+    terminal.ends(6, 10)
+END
