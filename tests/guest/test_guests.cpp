@@ -144,9 +144,13 @@ TEST_CASE("ACPI tables are found and describe the machine") {
 }
 
 TEST_CASE("the RTC tells the host's time") {
-  const time_t before = ::time(nullptr);
+  const auto now = [] {
+    return std::chrono::system_clock::to_time_t(
+        std::chrono::floor<std::chrono::seconds>(std::chrono::system_clock::now()));
+  };
+  const time_t before = now();
   const VmmResult result = run_guest("clock", {"--mem", "64M"});
-  const time_t after = ::time(nullptr);
+  const time_t after = now();
   CHECK(result.status == 0);
   tm told{};
   int century = 0;
@@ -201,7 +205,7 @@ TEST_CASE("a guest that does not obey is stopped") {
     process.signal(SIGTERM);
     const VmmResult result = process.finish();
     CHECK(since(ready) >= 1s);
-    CHECK(since(ready) < 4s);
+    CHECK(since(ready) < 8s);
     CHECK(result.errors == "clone: error: the guest did not power off in time; stopping it\n");
     CHECK(result.status == 6);
   }
@@ -211,7 +215,7 @@ TEST_CASE("a guest that does not obey is stopped") {
     const auto ready = start(process);
     process.signal(SIGTERM);
     const VmmResult result = process.finish();
-    CHECK(since(ready) < 4s);
+    CHECK(since(ready) < 8s);
     CHECK(result.errors.find("does not listen to the power button; stopping it") != std::string::npos);
     CHECK(result.status == 6);
   }
@@ -222,7 +226,7 @@ TEST_CASE("a guest that does not obey is stopped") {
     std::this_thread::sleep_for(100ms);
     process.signal(SIGTERM);
     const VmmResult result = process.finish();
-    CHECK(since(ready) < 4s);
+    CHECK(since(ready) < 8s);
     CHECK(result.errors == "");
     CHECK(result.status == 6);
   }
