@@ -6,7 +6,7 @@ event=$(grep -l 'Power Button' /sys/class/input/event*/device/name | head -n 1)
 event=${event%/device/name}
 echo listening
 # struct input_event: 16 bytes of time, type, code, value; EV_KEY 1, KEY_POWER 116, pressed
-key=$(dd if=/dev/input/${event##*/} bs=24 count=1 2>/dev/null | tail -c 8 | hexdump -e '2/2 "%d " 1/4 "%d"')
+key=$(dd if=/dev/input/${event##*/} bs=24 count=1 2>/dev/null | tail -c 8 | hexdump -e '2/2 "%d." 1/4 "%d"')
 echo "key: $key"
 case $(cat /proc/cmdline) in *ignore*) sleep 1000 ;; esac
 END
@@ -15,12 +15,12 @@ start_clone "${options[@]}" --cmdline quiet
 within 60 contains console.log listening
 kill "$clone_process"
 ends_with 0 wait "$clone_process"
-equal "what the guest read" "$(told key)" "1 116 1"
+equal "what the guest read" "$(told key)" "1.116.1"
 
 start_clone "${options[@]}" --grace 2 --cmdline 'quiet ignore'
 within 60 contains console.log listening
 kill -INT "$clone_process"
-within 5 contains console.log 'key: 1 116 1'
+within 5 contains console.log 'key: 1.116.1'
 begin=$SECONDS
 ends_with 6 wait "$clone_process"
 ((SECONDS - begin <= 8)) || fail "it took $((SECONDS - begin)) s"
