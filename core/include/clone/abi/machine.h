@@ -24,7 +24,7 @@ typedef struct clone_host_machine {
   /* [any] Returns at once; the VM's main thread acts on it. The first request wins. */
   void (*request)(const clone_host *host, uint32_t what);
   /* [control] &inactive. `pressed` is called, [control], when somebody wants the guest to power off in good order. It
-   * returns CLONE_OK when the guest has been told. */
+   * returns CLONE_OK when the guest has been told, CLONE_EMPTY when it will be once it listens. */
   clone_status (*on_power_button)(const clone_host *host, clone_status (*pressed)(void *context), void *context,
                                   clone_err *err);
 } clone_host_machine;
