@@ -3,6 +3,7 @@
 #include "plugin/library.hpp"
 
 #include <boost/dll/shared_library.hpp>
+#include <vector>
 
 #include "plugin/crash_report.hpp"
 #include "plugin/host_context.hpp"
@@ -20,6 +21,14 @@ Result<void> check_type(const char* name, const DeviceType& type) {
       !ops.load || !ops.get_extension)
     return Error{"'" + std::string(name) + "' lacks a function that every device has", 0, CLONE_ERR_INTERNAL};
   return {};
+}
+
+// For what lasts as long as the process: reachable to the end, so that a leak checker does not take it for lost.
+template <typename T>
+T* keep(T* object) {
+  static auto& kept = *new std::vector<void*>;
+  kept.push_back(object);
+  return object;
 }
 
 std::string plugin_name(const PluginFile& file) { return "plugin " + file.manifest.id; }
@@ -44,8 +53,8 @@ Result<const clone_plugin*> PluginLibrary::load(const PluginFile& file) {
   boost::dll::shared_library* library = nullptr;
   try {
     CrashReport report(file.manifest.id, "while it was loaded");
-    library = new boost::dll::shared_library(boost::dll::fs::path(file.path),
-                                             boost::dll::load_mode::rtld_now | boost::dll::load_mode::rtld_local);
+    library = keep(new boost::dll::shared_library(boost::dll::fs::path(file.path),
+                                                  boost::dll::load_mode::rtld_now | boost::dll::load_mode::rtld_local));
   } catch (const std::exception& exception) {
     return Error{plugin_name(file) + ": cannot be loaded: " + exception.what(), ENOEXEC};
   }
@@ -66,7 +75,7 @@ Result<const clone_plugin*> PluginLibrary::load(const PluginFile& file) {
     return Error{plugin_name(file) + ": its entry function does not return what its manifest says"};
   if (plugin.init) {
     // Lasts as long as the plugin, which is never unloaded.
-    auto* host = new HostHandle(file.manifest.id, *new HostContext{});
+    const auto* host = keep(new HostHandle(file.manifest.id, *keep(new HostContext{})));
     clone_err err{sizeof(clone_err), 0, {}};
     clone_status status = CLONE_ERR_INTERNAL;
     try {
