@@ -3,7 +3,6 @@
 #include "plugin/library.hpp"
 
 #include <boost/dll/shared_library.hpp>
-#include <memory>
 #include <vector>
 
 #include "plugin/crash_report.hpp"
@@ -24,12 +23,12 @@ Result<void> check_type(const char* name, const DeviceType& type) {
   return {};
 }
 
-// Plugins are never unloaded: their tables and threads last as long as the process, and so does this. Listed, so that a
-// leak checker finds it.
+// For what lasts as long as the process: reachable to the end, so that a leak checker does not take it for lost.
 template <typename T>
-T& keep(std::unique_ptr<T> object) {
-  static auto& kept = *new std::vector<std::unique_ptr<T>>;
-  return *kept.emplace_back(std::move(object));
+T* keep(T* object) {
+  static auto& kept = *new std::vector<void*>;
+  kept.push_back(object);
+  return object;
 }
 
 std::string plugin_name(const PluginFile& file) { return "plugin " + file.manifest.id; }
@@ -50,11 +49,12 @@ bool fill(Type& type, const Row* row, std::string_view name, const PluginFile& f
 Result<const clone_plugin*> PluginLibrary::load(const PluginFile& file) {
   if (const auto found = loaded_.find(file.path); found != loaded_.end()) return found->second;
 
+  // Never unloaded: tables and threads of the plugin last as long as the process.
   boost::dll::shared_library* library = nullptr;
   try {
     CrashReport report(file.manifest.id, "while it was loaded");
-    library = &keep(std::make_unique<boost::dll::shared_library>(
-        boost::dll::fs::path(file.path), boost::dll::load_mode::rtld_now | boost::dll::load_mode::rtld_local));
+    library = keep(new boost::dll::shared_library(boost::dll::fs::path(file.path),
+                                                  boost::dll::load_mode::rtld_now | boost::dll::load_mode::rtld_local));
   } catch (const std::exception& exception) {
     return Error{plugin_name(file) + ": cannot be loaded: " + exception.what(), ENOEXEC};
   }
@@ -74,12 +74,13 @@ Result<const clone_plugin*> PluginLibrary::load(const PluginFile& file) {
       std::strncmp(plugin.manifest->id, file.manifest.id.c_str(), sizeof plugin.manifest->id) != 0)
     return Error{plugin_name(file) + ": its entry function does not return what its manifest says"};
   if (plugin.init) {
-    HostHandle& host = keep(std::make_unique<HostHandle>(file.manifest.id, keep(std::make_unique<HostContext>())));
+    // Lasts as long as the plugin, which is never unloaded.
+    const auto* host = keep(new HostHandle(file.manifest.id, *keep(new HostContext{})));
     clone_err err{sizeof(clone_err), 0, {}};
     clone_status status = CLONE_ERR_INTERNAL;
     try {
       CrashReport report(file.manifest.id, "in its init function");
-      status = plugin.init(host.raw(), &err);
+      status = plugin.init(host->raw(), &err);
     } catch (...) {
       std::snprintf(err.message, sizeof err.message, "its init function threw an exception");
     }
