@@ -13,7 +13,8 @@ if(CLONE_SANITIZE)
 else()
   add_compile_options(-fstack-protector-strong $<$<NOT:$<CONFIG:Debug>>:-D_FORTIFY_SOURCE=2>)
 endif()
-add_link_options(-Wl,-z,relro,-z,now)
+add_link_options(-Wl,-z,relro,-z,now -Wl,--gc-sections)
+add_compile_options(-ffunction-sections -fdata-sections)
 
 # Developer conveniences, used when the machine has them.
 find_program(CLONE_CCACHE ccache)

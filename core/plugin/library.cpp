@@ -3,6 +3,8 @@
 #include "plugin/library.hpp"
 
 #include <boost/dll/shared_library.hpp>
+#include <memory>
+#include <vector>
 
 #include "plugin/crash_report.hpp"
 #include "plugin/host_context.hpp"
@@ -20,6 +22,14 @@ Result<void> check_type(const char* name, const DeviceType& type) {
       !ops.load || !ops.get_extension)
     return Error{"'" + std::string(name) + "' lacks a function that every device has", 0, CLONE_ERR_INTERNAL};
   return {};
+}
+
+// Plugins are never unloaded: their tables and threads last as long as the process, and so does this. Listed, so that a
+// leak checker finds it.
+template <typename T>
+T& keep(std::unique_ptr<T> object) {
+  static auto& kept = *new std::vector<std::unique_ptr<T>>;
+  return *kept.emplace_back(std::move(object));
 }
 
 std::string plugin_name(const PluginFile& file) { return "plugin " + file.manifest.id; }
@@ -40,12 +50,11 @@ bool fill(Type& type, const Row* row, std::string_view name, const PluginFile& f
 Result<const clone_plugin*> PluginLibrary::load(const PluginFile& file) {
   if (const auto found = loaded_.find(file.path); found != loaded_.end()) return found->second;
 
-  // Never unloaded: tables and threads of the plugin last as long as the process.
   boost::dll::shared_library* library = nullptr;
   try {
     CrashReport report(file.manifest.id, "while it was loaded");
-    library = new boost::dll::shared_library(boost::dll::fs::path(file.path),
-                                             boost::dll::load_mode::rtld_now | boost::dll::load_mode::rtld_local);
+    library = &keep(std::make_unique<boost::dll::shared_library>(
+        boost::dll::fs::path(file.path), boost::dll::load_mode::rtld_now | boost::dll::load_mode::rtld_local));
   } catch (const std::exception& exception) {
     return Error{plugin_name(file) + ": cannot be loaded: " + exception.what(), ENOEXEC};
   }
@@ -65,13 +74,12 @@ Result<const clone_plugin*> PluginLibrary::load(const PluginFile& file) {
       std::strncmp(plugin.manifest->id, file.manifest.id.c_str(), sizeof plugin.manifest->id) != 0)
     return Error{plugin_name(file) + ": its entry function does not return what its manifest says"};
   if (plugin.init) {
-    // Lasts as long as the plugin, which is never unloaded.
-    auto* host = new HostHandle(file.manifest.id, *new HostContext{});
+    HostHandle& host = keep(std::make_unique<HostHandle>(file.manifest.id, keep(std::make_unique<HostContext>())));
     clone_err err{sizeof(clone_err), 0, {}};
     clone_status status = CLONE_ERR_INTERNAL;
     try {
       CrashReport report(file.manifest.id, "in its init function");
-      status = plugin.init(host->raw(), &err);
+      status = plugin.init(host.raw(), &err);
     } catch (...) {
       std::snprintf(err.message, sizeof err.message, "its init function threw an exception");
     }

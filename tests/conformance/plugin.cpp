@@ -8,7 +8,9 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "clone/abi/bus.h"
 #include "clone/abi/device.h"
+#include "clone/abi/machine.h"
 #include "clone/abi/plugin.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -22,6 +24,7 @@ namespace {
 constexpr uint32_t kVersion = 1;
 
 struct Device {
+  const clone_host* host;
   uint32_t value;
 };
 
@@ -30,11 +33,14 @@ clone_status refuse(clone_err* err, clone_status status, const char* message) {
   return status;
 }
 
-clone_status create(const clone_host*, void** device, clone_err*) {
+clone_status create(const clone_host* host, void** device, clone_err*) {
 #ifdef BREAK_CREATE_THROWS
   throw std::runtime_error("out of patience");
 #endif
-  *device = new Device{};
+#ifdef BREAK_CREATE_CALLS
+  static_cast<const clone_host_machine*>(host->get_extension(host, CLONE_HOST_MACHINE))->vcpu_count(host);
+#endif
+  *device = new Device{host, 0};
   return CLONE_OK;
 }
 
@@ -50,6 +56,14 @@ clone_status configure(void* device, const clone_options* options, clone_err*) {
 #endif
 #ifdef BREAK_CONFIGURE_EXITS
   std::exit(0);
+#endif
+#ifdef BREAK_CLAIM
+  static constexpr clone_bus_handler handler = {sizeof(clone_bus_handler), 0, [](void*, uint64_t, void*, uint32_t) {},
+                                                [](void*, uint64_t, const void*, uint32_t) {}};
+  const clone_host* host = static_cast<Device*>(device)->host;
+  uint64_t claim = 0;
+  static_cast<const clone_host_bus*>(host->get_extension(host, CLONE_HOST_BUS))
+      ->claim(host, CLONE_BUS_PIO, 0x5e0, 4, &handler, device, &claim, nullptr);
 #endif
 #ifdef BREAK_LEAK
   return ::open("/dev/null", O_RDONLY) >= 0 ? CLONE_OK : CLONE_ERR_SYSTEM;
@@ -67,6 +81,9 @@ clone_status save(void* device, const clone_writer* writer, clone_err* err) {
   const uint32_t value = static_cast<Device*>(device)->value;
 #endif
   (void)device;
+#ifdef BREAK_SILENT_SAVE
+  return CLONE_OK;
+#endif
   return writer->put(writer->context, "value", kVersion, &value, sizeof value, err);
 }
 
@@ -85,13 +102,26 @@ clone_status load(void* device, const clone_reader* reader, clone_err* err) {
   return CLONE_OK;
 }
 
+#ifdef BREAK_EXTENSION
+const void* get_extension(void* device, const char*) { return device; }
+#else
 const void* get_extension(void*, const char*) { return nullptr; }
+#endif
 
+#ifdef BREAK_DEFAULT
+#define DEFAULT "1001"
+#else
+#define DEFAULT "7"
+#endif
 constexpr clone_option kValue = {
-    sizeof(clone_option), CLONE_OPTION_NUMBER, 0, 0, "value", "7", "A number to keep.", 0, 1000, nullptr};
+    sizeof(clone_option), CLONE_OPTION_NUMBER, 0, 0, "value", DEFAULT, "A number to keep.", 0, 1000, nullptr};
 constexpr const clone_option* kOptions[] = {&kValue, nullptr};
 constexpr clone_descriptor kDescriptor = {sizeof(clone_descriptor),
+#ifdef BREAK_SILENT_SAVE
+                                          0,
+#else
                                           CLONE_CAN_SAVE,
+#endif
 #ifdef BREAK_MISMATCH
                                           "something-else",
 #else

@@ -9,6 +9,7 @@ constexpr uint64_t kMemoryEnd = 64 << 20;
 
 Device device;
 bool is_disk;
+uint16_t available_index;  // of a bad chain: a device looks at its ring as soon as it is started, so this comes last
 Rings rings;
 alignas(4096) uint8_t arena[64 * 1024];  // where a fuzzed device may write
 struct {
@@ -27,6 +28,7 @@ const Buffer* request_buffers() { return is_disk ? kRequest : kRequest + 1; }
 unsigned request_count() { return is_disk ? 3 : 1; }
 
 void check_alive(const char* after) {
+  if (argument("verbose")) print("after ", after, "\n");
   memset(buffer, 0, sizeof buffer);
   outcome = 0xff;
   if (!CHECK(device.start(rings))) return print("FAILED no start after: ", after, "\n");
@@ -116,9 +118,10 @@ void impossible_queues() {
 template <typename Misdeed>
 void bad_chain(const char* name, Misdeed misdeed) {
   CHECK(device.start(rings));
-  rings.available.ring[0] = 0;
-  rings.available.index = 1;
+  available_index = 1;
   misdeed();
+  full_fence();
+  at<uint16_t>(address_of(&rings.available.index)) = available_index;
   full_fence();
   device.notify();
   if (!CHECK(poll_until([] { return (device.status() & kNeedsReset) != 0; }))) print("FAILED still well: ", name, "\n");
@@ -158,8 +161,8 @@ void bad_chains() {
     d[1] = {good, 16, 0, 0};
   });
   bad_chain("an indirect table without the feature", [&] { d[0] = {good, 16, 4, 0}; });
-  bad_chain("an index that jumps", [&] { rings.available.index = kQueueEntries + 1; });
-  bad_chain("an index that goes back", [&] { rings.available.index = 0xffff; });
+  bad_chain("an index that jumps", [&] { available_index = kQueueEntries + 1; });
+  bad_chain("an index that goes back", [&] { available_index = 0xffff; });
 }
 
 // Chains that the ring's rules allow and that are no requests: given back, and the device goes on.
@@ -249,7 +252,7 @@ void fuzz(uint64_t seed) {
   Random random(seed);
   memset(arena, 0, sizeof arena);
   device.reset();
-  for (unsigned i = 0; i < 4000; ++i) {
+  for (unsigned i = 0; i < 3000; ++i) {
     uint32_t offset = random.below(kWindowBytes / 4) * 4;
     if (random.below(4)) offset = random.below(0xb0 / 4) * 4;
     // Now and then a step on the right way, so that the rest finds a device at work.
@@ -278,7 +281,7 @@ void attack(Device target) {
   useless_chains();
   reset_while_busy();
   odd_accesses();
-  for (uint64_t seed = 1; seed <= 2; ++seed) fuzz(seed);
+  fuzz(is_disk ? 1 : 2);
   print(is_disk ? "disk" : "random", " survived\n");
 }
 

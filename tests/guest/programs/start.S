@@ -13,8 +13,6 @@ start:
   movq %rsi, %rdi
   call enter_program
 
-// KVM's emulator, which runs these guests on some hosts, has no IRET in long mode. A handler that runs with interrupts
-// off can return without: only rip, rflags and rsp have changed, and they are put onto the stack that was interrupted.
   .macro interrupt_entry number
 interrupt_\number:
   pushq %rax
@@ -37,19 +35,8 @@ interrupt:
   .irp register, r11, r10, r9, r8, rdi, rsi, rdx, rcx
   popq %\register
   .endr
-  // On the stack: rax, and the processor's rip, cs, rflags, rsp, ss.
-  movq 32(%rsp), %rax
-  subq $24, %rax
-  pushq 8(%rsp)
-  popq 16(%rax)
-  pushq 24(%rsp)
-  popq 8(%rax)
-  pushq (%rsp)
-  popq (%rax)
-  movq %rax, %rsp
   popq %rax
-  popfq
-  ret
+  iretq
 
   .section .rodata
   .balign 8

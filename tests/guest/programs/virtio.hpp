@@ -105,13 +105,13 @@ class Device {
   bool asleep_ = false;
 };
 
-// Ends when it holds, or after a while that no healthy device takes.
+// Ends when it holds, or after a time that no healthy device takes.
 template <typename Condition>
 bool poll_until(Condition condition) {
-  constexpr unsigned kPolls = 2'000'000;
-  for (unsigned i = 0; i < kPolls; ++i) {
-    if (condition()) return true;
+  const uint32_t start = in32(kPmTimer);
+  for (unsigned i = 1; !condition(); ++i) {
+    if (i % 64 == 0 && in32(kPmTimer) - start > 5 * kPmTimerHz) return false;
     pause();
   }
-  return false;
+  return true;
 }
