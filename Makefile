@@ -23,7 +23,7 @@ build: packages
 	@cmake --build build/$(PRESET) -j $(JOBS)
 
 run: build
-	@scripts/run-debian '$(subst ','\'',$(CMD))'
+	@scripts/run-debian '$(subst ','\'',$(value CMD))'
 
 test: packages
 	@scripts/test

@@ -19,8 +19,10 @@ terminal.type("echo $((6 * 7))y; stty size; tty\r")
 terminal.expect("42y")
 terminal.expect("37 123")
 terminal.expect("# ")
-terminal.type("sh -c 'echo sle\"\"eping; sleep 1000'\r")  # in the foreground by the time that it prints
-terminal.expect("sleeping")
+terminal.type("echo rea''dy; cat\r")
+terminal.expect("ready")  # the shell's own mode is off
+terminal.type("back\r")
+terminal.expect("back\r\nback")  # typed, and from cat, which runs then
 terminal.type("\x03")
 terminal.expect("# ", 20)
 terminal.type("exit\r")

@@ -16,8 +16,10 @@ for leave in (lambda t: t.type("\x01x"), lambda t: t.kill()):
     terminal.expect("42y")
     terminal.expect("/dev/ttyS0")
     terminal.expect("# ")
-    terminal.type("sh -c 'echo sle\"\"eping; sleep 1000'\r")  # in the foreground by the time that it prints
-    terminal.expect("sleeping")
+    terminal.type("echo rea''dy; cat\r")
+    terminal.expect("ready")  # the shell's own mode is off
+    terminal.type("back\r")
+    terminal.expect("back\r\nback")  # typed, and from cat, which runs then
     terminal.type("\x03")  # interrupts the guest's program, not clone
     terminal.expect("# ", 20)
     leave(terminal)
