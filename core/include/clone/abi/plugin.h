@@ -39,7 +39,12 @@ typedef struct clone_manifest {
 #define CLONE_PROVIDES_FLAG(flag, device, value_name, expansion, help) \
   "flag\t" flag "\t" device "\t" value_name "\t" expansion "\t" help "\n"
 
+/* Kept by compiler and linker (--gc-sections) though nothing refers to it. */
+#if defined(__has_attribute) && __has_attribute(retain)
+#define CLONE_PLUGIN_SECTION __attribute__((section(CLONE_MANIFEST_SECTION), used, retain, aligned(8)))
+#else
 #define CLONE_PLUGIN_SECTION __attribute__((section(CLONE_MANIFEST_SECTION), used, aligned(8)))
+#endif
 
 /* What clone_plugin_entry() returns; constant, in the plugin's memory until the process ends. */
 typedef struct clone_plugin {
