@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Debian's cloud kernel with an initrd, 1 vCPU and 128 MiB: what the guest sees of the machine, the host's time, power-off.
-# seconds: 10
+# seconds: 8
 initrd <<END
 $describe_machine
 tell serial-interrupts sed -n 's/^ *4: *\([0-9]*\) .*ttyS0.*/\1/p' /proc/interrupts

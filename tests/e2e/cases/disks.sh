@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Several disks: serial numbers, read-only, data written at random places and discarded, seen in the host's files.
-# seconds: 20
+# seconds: 18
 truncate -s 32M data.img
 head -c 1M /dev/urandom >readonly.img
 cp readonly.img unchanged.img

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # A second machine is refused an image that is in use, by name; after a SIGKILL of the first nothing is left in the way.
-# seconds: 10
+# seconds: 12
 root_image <<'END'
 echo up
 [ -e /root/seen ] && poweroff -f

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make run` as a user types it: a command's output and status, then a shell on a terminal, left with `exit`.
-# seconds: 60
+# seconds: 50
 # host: no
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/../../..")
 unset MAKEFLAGS MAKELEVEL MFLAGS

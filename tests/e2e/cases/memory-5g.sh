@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # 5 GiB and 4 vCPUs: memory below the PCI hole and above 4 GiB is there, and data put above 4 GiB is what is read back.
-# seconds: 25
+# seconds: 30
 initrd <<END
 $describe_machine
 tell high-ram sh -c 'grep "^ *[1-9a-f][0-9a-f]\{8,\}-.*System RAM" /proc/iomem'

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SIGTERM presses the power button: a guest that listens powers off, one that does not is stopped after --grace.
-# seconds: 20
+# seconds: 15
 root_image <<'END'
 event=$(grep -l 'Power Button' /sys/class/input/event*/device/name | head -n 1)
 event=${event%/device/name}

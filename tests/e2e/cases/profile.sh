@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # A profile boots, a flag wins over it, and what --dry-run prints is the same machine when it is fed back.
-# seconds: 10
+# seconds: 9
 initrd <<END
 $describe_machine
 tell cmdline cat /proc/cmdline

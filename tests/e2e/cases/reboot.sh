@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # What the guest writes lasts over its reboot, in the same process of clone; then it powers off and the image is in order.
-# seconds: 20
+# seconds: 12
 root_image <<'END'
 if [ -e /root/first ]; then
   tell second cat /root/first

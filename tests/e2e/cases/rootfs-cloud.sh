@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # A root file system on the cloud kernel with 4 vCPUs, by the generated initrd: mounted read-write from a disk with a queue for
 # each vCPU, its own init as process 1, random numbers from the host, and the file system clean afterwards.
-# seconds: 15
+# seconds: 10
 root_image <<END
 $describe_machine
 tell root grep ' / ' /proc/mounts

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # A root file system on the generic kernel, where ext4 and virtio are modules, with 5 GiB; the image is left read-only.
-# seconds: 25
+# seconds: 15
 root_image <<END
 $describe_machine
 tell root grep ' / ' /proc/mounts

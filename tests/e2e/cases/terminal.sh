@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # On a terminal: typed input reaches the guest's shell, Ctrl-A X leaves with status 6, as SIGTERM does when the guest has no
 # power button; the terminal's mode is put back each time.
-# seconds: 20
+# seconds: 15
 python3 - <<'END'
 import os
 from terminal import Terminal

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # The example device, built out of tree against an installed clone that was moved, is found by its folder and used by a guest.
-# seconds: 40
+# seconds: 30
 # host: no
 here=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 root=$here/../..
