@@ -14,7 +14,7 @@
 #include <unistd.h>
 
 enum { kDeepest = 16, kLargestBytes = 1 << 20 };
-static const double kSeconds = 1.5;
+static const double kSeconds = 1.0;
 
 struct Pattern {
   const char* name;
@@ -22,9 +22,8 @@ struct Pattern {
   uint64_t block_bytes;
 };
 static const struct Pattern kPatterns[] = {
-    {"read-1m", 0, 0, 1, 1 << 20},       {"write-1m", 1, 0, 1, 1 << 20},
-    {"randread-4k", 0, 1, 1, 4096},      {"randwrite-4k", 1, 1, 1, 4096},
-    {"randread-4k-16", 0, 1, 16, 4096},  {"randwrite-4k-16", 1, 1, 16, 4096},
+    {"read-1m", 0, 0, 1, 1 << 20},   {"write-1m", 1, 0, 1, 1 << 20},     {"randread-4k", 0, 1, 1, 4096},
+    {"randwrite-4k", 1, 1, 1, 4096}, {"randread-4k-16", 0, 1, 16, 4096}, {"randwrite-4k-16", 1, 1, 16, 4096},
 };
 
 static void die(const char* what) {
@@ -38,7 +37,7 @@ static double now(void) {
   return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
 }
 
-static uint64_t random_number(void) { // xorshift
+static uint64_t random_number(void) {  // xorshift
   static uint64_t state = 88172645463325252u;
   state ^= state << 13;
   state ^= state >> 7;
@@ -66,7 +65,8 @@ static double load(int disk, uint64_t disk_bytes, const struct Pattern* pattern,
   const double start = now();
   do {
     for (int i = 0; i < ready; ++i)
-      to_submit[i]->aio_offset = (int64_t)((pattern->random ? random_number() : begun + (uint64_t)i) % blocks * pattern->block_bytes);
+      to_submit[i]->aio_offset =
+          (int64_t)((pattern->random ? random_number() : begun + (uint64_t)i) % blocks * pattern->block_bytes);
     if (syscall(SYS_io_submit, context, ready, to_submit) != ready) die("io_submit");
     begun += (uint64_t)ready;
     ready = (int)syscall(SYS_io_getevents, context, 1, kDeepest, events, NULL);
@@ -78,7 +78,7 @@ static double load(int disk, uint64_t disk_bytes, const struct Pattern* pattern,
     done += (uint64_t)ready;
     end = now();
   } while (end - start < kSeconds);
-  syscall(SYS_io_destroy, context); // waits for what is in flight
+  syscall(SYS_io_destroy, context);  // waits for what is in flight
   return (double)(done * pattern->block_bytes) / (end - start) / (1 << 20);
 }
 

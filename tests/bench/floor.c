@@ -26,7 +26,8 @@ int main(void) {
   unsigned char* memory =
       mmap(NULL, memory_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) return 1;
-  static const unsigned char kCode[] = {0xba, 0xf8, 0x03, 0xb0, '@', 0xee, 0xf4}; // mov dx, 0x3f8; mov al, '@'; out; hlt
+  static const unsigned char kCode[] = {0xba, 0xf8, 0x03, 0xb0,
+                                        '@',  0xee, 0xf4};  // mov dx, 0x3f8; mov al, '@'; out; hlt
   memcpy(memory + 0x1000, kCode, sizeof kCode);
   struct kvm_userspace_memory_region slot = {.memory_size = memory_bytes, .userspace_addr = (unsigned long)memory};
   checked(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &slot));
