@@ -2,6 +2,7 @@
 // Signals, console and reboots around a machine.
 #include "vm/session.hpp"
 
+#include <pthread.h>
 #include <signal.h>
 #include <sys/signalfd.h>
 
@@ -38,9 +39,20 @@ class Signals {
   Fd fd_;
 };
 
+// Of every thread made later. In the usual 8 MiB a transparent huge page fits: 2 MiB for one thread's few KiB.
+void use_small_stacks() {
+  constexpr size_t stack_bytes = 1 << 20;
+  pthread_attr_t attributes;
+  ::pthread_attr_init(&attributes);
+  ::pthread_attr_setstacksize(&attributes, stack_bytes);
+  ::pthread_setattr_default_np(&attributes);
+  ::pthread_attr_destroy(&attributes);
+}
+
 }  // namespace
 
 Result<Ending> Session::run() {
+  use_small_stacks();
   install_crash_handler();
   ::signal(SIGPIPE, SIG_IGN);
   Signals signals;
