@@ -4,6 +4,7 @@ PRESET ?= release
 PREFIX ?= /usr/local
 JOBS   ?= $(shell nproc)
 CMD    ?=
+export PRESET
 
 .PHONY: help build run test unit bench asan tsan install clean packages
 help:
@@ -19,7 +20,7 @@ packages:
 	@scripts/install-packages
 
 build: packages
-	@cmake --preset $(PRESET) >build/configure.log 2>&1 || { mkdir -p build; cmake --preset $(PRESET); }
+	@mkdir -p build && { cmake --preset $(PRESET) >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }; }
 	@cmake --build build/$(PRESET) -j $(JOBS)
 
 run: build

@@ -86,7 +86,12 @@ ExitCode run_command(const Arguments& arguments) {
       ->group("Output");
   app.add_flag("--verbose,-v", options.verbose, "Tell more of what happens.")->group("Output");
   app.add_flag("--quiet,-q", options.quiet, "Print errors only.")->group("Output");
-  if (const Parsed parsed = parse(app, arguments); parsed.done) return parsed.code;
+  if (const Parsed parsed = parse(app, arguments); parsed.done) {
+    // A flag may be unknown because the plugin that declares it was refused.
+    if (parsed.code == ExitCode::usage)
+      for (const RefusedFile& refused : catalogue->refused()) log_warning(refused.path + ": " + refused.error.message);
+    return parsed.code;
+  }
   set_log_level(options.verbose ? LogLevel::debug : options.quiet ? LogLevel::error : LogLevel::warning);
 
   PluginLibrary library(*catalogue);

@@ -75,12 +75,16 @@ Result<void> check_trust(const std::string& path) {
 }
 
 Result<PluginFile> read_plugin_file(const std::string& path, PluginTrust trust) {
+  // What is judged is what is loaded later: no link that others could turn elsewhere stays in the path.
+  std::error_code error;
+  const std::string real = fs::canonical(path, error).string();
+  if (error) return errno_error(path, error.value());
+  if (trust == PluginTrust::checked) TRY(check_trust(real));
   // Only headers and one section are looked at.
-  const Mapping file = TRY(map_file(path, ReadAhead::nothing));
-  if (trust == PluginTrust::checked) TRY(check_trust(path));
+  const Mapping file = TRY(map_file(real, ReadAhead::nothing));
   Manifest manifest = TRY(parse_manifest(file.bytes()));
   TRY(check_abi(manifest));
-  return PluginFile{path, std::move(manifest)};
+  return PluginFile{real, std::move(manifest)};
 }
 
 Result<Catalogue> Catalogue::scan(const std::vector<std::string>& folders, PluginTrust trust) {

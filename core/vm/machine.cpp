@@ -136,6 +136,8 @@ Result<void> Machine::make_devices() {
 Result<void> Machine::prepare_boot(const KernelImage& image, Timing& timing) {
   BootConfig boot;
   if (!plan_.plan.initrd.empty()) {
+    for (const auto& [flag, value] : {std::pair("--init", &plan_.plan.init), {"--modules", &plan_.plan.modules}})
+      if (!value->empty()) log_warning(std::string(flag) + " is for the generated initrd; --initrd has its own");
     const Mapping file = TRY(map_file(plan_.plan.initrd).context("--initrd"));
     boot.initrd = TRY(place_initrd(*memory_, image, file.bytes()).context("--initrd " + plan_.plan.initrd));
   } else if (const auto generated = TRY(generate_initrd(image))) {
@@ -256,9 +258,11 @@ Result<void> Machine::start(Timing& timing) {
 }
 
 Timing::Clock::time_point Machine::first_instruction() const {
-  uint64_t entry_ns;
-  while ((entry_ns = vcpus_->first_entry_ns()) == 0) std::this_thread::yield();
-  return Timing::Clock::time_point(std::chrono::nanoseconds(entry_ns));
+  // A machine that ends before it begins has no first instruction: now stands for it.
+  const auto limit = Timing::Clock::now() + std::chrono::seconds(10);
+  while (vcpus_->first_entry_ns() == 0 && Timing::Clock::now() < limit) std::this_thread::yield();
+  const uint64_t entry_ns = vcpus_->first_entry_ns();
+  return entry_ns ? Timing::Clock::time_point(std::chrono::nanoseconds(entry_ns)) : Timing::Clock::now();
 }
 
 Result<void> Machine::press_power_button() {
