@@ -54,8 +54,7 @@ Finding device_node(const char* path, const char* what, const char* module) {
   const std::string why = std::string(path) + ": " + std::strerror(errno);
   if (errno == EACCES || errno == EPERM)
     return {Verdict::missing, what, why, "run as root, or join the group that owns it"};
-  return {Verdict::missing, what, why,
-          std::string("modprobe ") + module + " (it is only needed by devices that use it)"};
+  return {Verdict::note, what, why, std::string("modprobe ") + module + " (only devices that use it need it)"};
 }
 
 Finding huge_pages() {
@@ -123,6 +122,8 @@ std::vector<Finding> examine() {
   }
   for (const std::string& capability : kvm.missing_capabilities)
     findings.push_back({Verdict::note, "KVM capability", capability + " is not offered", "a newer kernel may have it"});
+  if (kvm.kind != KvmKind::missing && kvm.missing_capabilities.empty())
+    findings.push_back({Verdict::good, "KVM capability", "all that clone uses are offered", ""});
   if (kvm.kind != KvmKind::missing) findings.push_back({Verdict::good, "KVM limits", kvm.limits, ""});
   findings.push_back(device_node("/dev/vhost-net", "vhost-net", "vhost_net"));
   findings.push_back(device_node("/dev/vhost-vsock", "vhost-vsock", "vhost_vsock"));

@@ -153,7 +153,7 @@ ExitCode plugin_command(const Arguments& arguments) {
   std::vector<std::string> check_options;
   check_app
       ->add_option("--with", check_options, "Options for a device or transport of the plugin, besides its defaults.")
-      ->type_name("NAME,KEY=VALUE…")
+      ->type_name("NAME,KEY=VALUE...")
       ->expected(1)
       ->allow_extra_args(false)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);

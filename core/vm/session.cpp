@@ -95,7 +95,8 @@ Result<Ending> Session::run() {
     loop->run();
     machine.reset();
     console.flush();
-    if (*ending != Ending::reset || plan_.plan.on_reboot == OnReboot::exit) return *ending;
+    // Asked to power off, a guest that reboots instead does not get another run.
+    if (*ending != Ending::reset || plan_.plan.on_reboot == OnReboot::exit || requests > 0) return *ending;
   }
 }
 
