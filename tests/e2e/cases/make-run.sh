@@ -22,7 +22,7 @@ terminal.expect("# ")
 terminal.type("echo rea''dy; cat\r")
 terminal.expect("ready\r\n")  # the shell's own mode is off
 terminal.type("back\r")
-terminal.expect("back\r\nback")  # typed, and from cat, which runs then
+terminal.expect("back\r\nback\r\n")  # typed, and from cat, which runs then
 terminal.type("\x03")
 terminal.expect("# ", 20)
 terminal.type("exit\r")

@@ -19,7 +19,7 @@ for leave in (lambda t: t.type("\x01x"), lambda t: t.kill()):
     terminal.type("echo rea''dy; cat\r")
     terminal.expect("ready\r\n")  # the shell's own mode is off
     terminal.type("back\r")
-    terminal.expect("back\r\nback")  # typed, and from cat, which runs then
+    terminal.expect("back\r\nback\r\n")  # typed, and from cat, which runs then
     terminal.type("\x03")  # interrupts the guest's program, not clone
     terminal.expect("# ", 20)
     leave(terminal)
