@@ -41,7 +41,7 @@ struct Plan {
 
 // The plan with the plugins' word on it.
 struct CheckedDevice {
-  std::string instance;  // "virtio-blk.0"
+  std::string instance;  // "serial.0"
   DeviceType type;
   OptionValues options;
 };

@@ -23,7 +23,7 @@
  *
  * Errors
  *  Functions that can fail return a clone_status and fill the caller's clone_err, which reaches the user behind the
- *  name of the plugin: "plugin virtio-blk: path=/x: No such file or directory". Nothing is thrown across the border.
+ *  name of the plugin: "plugin serial: file=/x: No such file or directory". Nothing is thrown across the border.
  */
 #ifndef CLONE_ABI_BASE_H
 #define CLONE_ABI_BASE_H

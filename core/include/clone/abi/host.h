@@ -17,7 +17,7 @@ typedef struct clone_host {
   uint32_t abi_minor;
   uint32_t reserved;
   void *context;    /* the host's own */
-  const char *name; /* of the instance this host handle belongs to, e.g. "virtio-blk.0" */
+  const char *name; /* of the instance this host handle belongs to, e.g. "serial.0" */
   /* [any] The table of a service, or NULL when this host does not offer it. Tables last until the process ends.
    * Services: clone.host-log/1 clone.host-memory/1 clone.host-bus/1 clone.host-irq/1 clone.host-loop/1
    * clone.host-machine/1 clone.host-acpi/1 clone.host-console/1 clone.host-control/1 clone.host-instances/1

@@ -16,7 +16,7 @@ extern "C" {
 typedef struct clone_virtio_attachment {
   uint32_t size;
   uint32_t reserved;
-  const char *name; /* of the instance, e.g. "virtio-blk.0" */
+  const char *name; /* of the instance, e.g. "serial.0" */
   void *device;
   const clone_virtio_device *table;
   const clone_host *host; /* of the device: what is claimed through it carries the device's name */
