@@ -209,20 +209,32 @@ Result<std::vector<std::string>> Machine::guest_modules(const KernelImage& kerne
     log_info("no modules of kernel '" + kernel.version + "' in /lib/modules: taking them to be built in");
     return std::vector<std::string>();
   }
-  std::vector<std::string> modules;
+  struct Wanted {
+    std::string name;
+    LogLevel if_missing;
+    std::string owner;
+  };
+  std::vector<Wanted> wanted;
   auto add = [&](const char* names, LogLevel if_missing, const std::string& owner) {
-    for (const std::string& name : words(names ? names : "")) {
-      if (resolve_modules(*directory, kernel.version, {&name, 1}).ok()) {
-        modules.push_back(name);
-      } else {
-        log(if_missing, "kernel " + kernel.version + " has no module " + name + " for " + owner);
-      }
-    }
+    for (const std::string& name : words(names ? names : "")) wanted.push_back({name, if_missing, owner});
   };
   add(plan_.transport.descriptor.guest_modules, LogLevel::warning, "transport " + plan_.plan.transport.type);
   add(root.guest_modules, LogLevel::info, "the root file system");
   for (const CheckedDevice& device : plan_.devices)
     add(device.type.descriptor.guest_modules, LogLevel::info, device.instance);
+
+  std::vector<std::string> modules;
+  for (const Wanted& one : wanted) modules.push_back(one.name);
+  // The usual kernel has them all: its module lists are read once. Otherwise each name is asked for.
+  if (resolve_modules(*directory, kernel.version, modules).ok()) return modules;
+  modules.clear();
+  for (const auto& [name, if_missing, owner] : wanted) {
+    if (resolve_modules(*directory, kernel.version, {&name, 1}).ok()) {
+      modules.push_back(name);
+    } else {
+      log(if_missing, "kernel " + kernel.version + " has no module " + name + " for " + owner);
+    }
+  }
   return modules;
 }
 
