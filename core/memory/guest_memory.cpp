@@ -5,10 +5,13 @@
 #include <fcntl.h>
 #include <linux/memfd.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <string>
+
+#include "memory/usage.hpp"
 
 namespace vmm {
 namespace {
@@ -51,16 +54,17 @@ Result<Mapping> map_region(const MemoryConfig& config, uint64_t size_bytes, int 
   if (before < kHugePageSize) ::munmap(static_cast<std::byte*>(mapped) + size_bytes, kHugePageSize - before);
   Mapping mapping(mapped, size_bytes);
 
-  // Both are wishes: a host kernel built without one of them answers EINVAL, and the guest runs all the same.
+  // All are wishes: a host kernel built without one of them answers EINVAL, and the guest runs all the same.
   if (config.huge_pages == HugePages::transparent) ::madvise(mapped, size_bytes, MADV_HUGEPAGE);
   if (config.mergeable) ::madvise(mapped, size_bytes, MADV_MERGEABLE);
+  if (fd < 0) ::prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, mapped, size_bytes, kGuestMemoryName);
   return mapping;
 }
 
 Result<Fd> create_memfd(const MemoryConfig& config) {
   unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
   if (config.huge_pages == HugePages::reserved_2m) flags |= MFD_HUGETLB | MFD_HUGE_2MB;
-  Fd fd(::memfd_create("guest-memory", flags));
+  Fd fd(::memfd_create(kGuestMemoryName, flags));
   if (!fd) return errno_error("memfd_create");
   if (::ftruncate(fd.get(), static_cast<off_t>(config.size_bytes)) != 0) return errno_error("ftruncate");
   // Whoever else gets the descriptor (vhost-user, a fork) cannot cut the pages away from under us.
@@ -182,6 +186,19 @@ bool GuestMemory::discard(GuestAddress start, uint64_t size_bytes) {
   if (::madvise(host, size_bytes, memfd_ ? MADV_REMOVE : MADV_DONTNEED) != 0) return false;
   mark_dirty(start, size_bytes);
   return true;
+}
+
+uint64_t GuestMemory::resident_bytes() const {
+  constexpr uint64_t part_bytes = 64 * kMiB;
+  std::vector<unsigned char> pages(part_bytes / kPageSize);
+  uint64_t resident = 0;
+  for (const Region& region : regions_)
+    for (uint64_t offset = 0; offset < region.size_bytes; offset += part_bytes) {
+      const uint64_t size_bytes = std::min(part_bytes, region.size_bytes - offset);
+      if (::mincore(region.host + offset, size_bytes, pages.data()) != 0) continue;
+      for (uint64_t page = 0; page < size_bytes / kPageSize; ++page) resident += (pages[page] & 1) * kPageSize;
+    }
+  return resident;
 }
 
 void GuestMemory::mark_dirty(GuestAddress start, uint64_t size_bytes) {
