@@ -12,12 +12,23 @@ namespace {
 // Relative paths of a profile start from the profile's folder.
 KeyValues resolve_paths(const PlannedDevice& device, const clone_descriptor& descriptor) {
   KeyValues options = device.options;
-  if (device.base_folder.empty()) return options;
-  for (auto& [key, value] : options)
+  for (auto& [key, value] : options) {
+    const auto own = device.option_folders.find(key);
+    const std::string& folder = own == device.option_folders.end() ? device.base_folder : own->second;
+    if (folder.empty()) continue;
     for (const clone_option* const* row = descriptor.options; *row; ++row)
-      if (key == (*row)->name && (*row)->type == CLONE_OPTION_PATH && !value.empty())
-        value = (std::filesystem::path(device.base_folder) / value).lexically_normal().string();
+      if (key == (*row)->name && (*row)->type == CLONE_OPTION_PATH && !value.empty() && !is_word_of(**row, value))
+        value = (std::filesystem::path(folder) / value).lexically_normal().string();
+  }
   return options;
+}
+
+// The first balloon policy that is meant for every machine.
+std::string default_balloon_policy(const Catalogue& catalogue) {
+  for (const PluginFile& file : catalogue.files())
+    for (const Provided& provided : file.manifest.provides)
+      if (provided.kind == "balloon-policy" && provided.by_default) return provided.name;
+  return kNoBalloonPolicy;
 }
 
 }  // namespace
@@ -43,7 +54,7 @@ Result<CheckedPlan> check_plan(const Plan& plan, PluginLibrary& library) {
     }
   for (const std::string& name : unused) mistake("--without " + name + ": no plugin offers such a default device");
 
-  auto check = [&](const std::string& what, const PlannedDevice& device, const DeviceType& type) {
+  auto check = [&](const std::string& what, const PlannedDevice& device, const auto& type) {
     auto options = OptionValues::check(type.descriptor, resolve_paths(device, type.descriptor));
     if (options.ok()) return std::move(options).value();
     mistake_in(device, what + ": " + options.error().message);
@@ -55,6 +66,17 @@ Result<CheckedPlan> check_plan(const Plan& plan, PluginLibrary& library) {
     checked.transport_options = check("transport " + full.transport.type, full.transport, *transport);
   } else {
     mistake_in(full.transport, transport.error().message);
+  }
+
+  PlannedDevice& policy = full.balloon_policy;
+  if (policy.type.empty()) policy.type = default_balloon_policy(library.catalogue());
+  if (policy.type == kNoBalloonPolicy) {
+    if (!policy.options.empty()) mistake_in(policy, "balloon policy none: it has no options");
+  } else if (auto type = library.balloon_policy(policy.type); type.ok()) {
+    checked.balloon_policy_options = check("balloon policy " + policy.type, policy, *type);
+    checked.balloon_policy = std::move(type).value();
+  } else {
+    mistake_in(policy, type.error().message);
   }
 
   std::map<std::string, unsigned> counts;

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,7 +21,11 @@ struct PlannedDevice {
   KeyValues options;
   std::string base_folder;  // that relative paths start from; empty: the current one
   std::string where;        // "vm.yaml:3:5", of one from a profile; messages begin with it
+  // The base folder of options that came from elsewhere than the device.
+  std::map<std::string, std::string> option_folders = {};
 };
+
+constexpr const char* kNoBalloonPolicy = "none";
 
 enum class OnReboot { again, exit };
 
@@ -33,10 +39,13 @@ struct Plan {
   MemoryConfig memory;
   uint32_t vcpus = 1;
   PlannedDevice transport{"mmio", {}, {}, {}};
+  PlannedDevice balloon_policy;  // type: empty for the default one, "none" for none
   std::vector<PlannedDevice> devices;
   std::vector<std::string> without;  // default devices that are not wanted
   OnReboot on_reboot = OnReboot::again;
   uint64_t grace_ms = 10'000;
+  std::string name;     // empty: its id serves
+  bool control = true;  // a directory with sockets for other commands
 };
 
 // The plan with the plugins' word on it.
@@ -50,6 +59,8 @@ struct CheckedPlan {
   Plan plan;
   TransportType transport;
   OptionValues transport_options;
+  std::optional<PolicyType> balloon_policy;
+  OptionValues balloon_policy_options;
   std::vector<CheckedDevice> devices;  // in the order of the plan, then the defaults
 };
 

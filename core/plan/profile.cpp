@@ -67,9 +67,9 @@ class ProfileReader {
     }
   }
 
-  // A scalar, or for a device the form `name: {key: value}`.
+  // A scalar, or for a device and the like the form `name: {key: value}`.
   void read_item(const Setting& setting, const YAML::Node& node) {
-    const bool named = setting.name == "device" || setting.name == "transport";
+    const bool named = setting.name == "device" || setting.name == "transport" || setting.name == "balloon-policy";
     if (node.IsScalar()) return add(setting, node.Mark(), node.Scalar());
     if (node.IsNull() && setting.kind == SettingKind::optional_value) return add(setting, node.Mark(), "");
     if (!named || !node.IsMap() || node.size() != 1)
@@ -153,8 +153,15 @@ std::string write_profile(const CheckedPlan& checked) {
   put("vcpus", std::to_string(plan.vcpus));
   put("no-reboot", plan.on_reboot == OnReboot::exit ? "on" : "off");
   put("grace", std::to_string(plan.grace_ms / 1000));
+  if (!plan.name.empty()) put("name", plan.name);
+  if (!plan.control) put("no-control", "on");
   out << YAML::Key << "transport" << YAML::Value;
   write_named(out, plan.transport.type, given_options(plan.transport, checked.transport_options));
+  out << YAML::Key << "balloon-policy" << YAML::Value;
+  if (checked.balloon_policy)
+    write_named(out, plan.balloon_policy.type, given_options(plan.balloon_policy, checked.balloon_policy_options));
+  else
+    out << kNoBalloonPolicy;
   if (!plan.devices.empty()) {
     out << YAML::Key << "device" << YAML::Value << YAML::BeginSeq;
     for (size_t i = 0; i < plan.devices.size(); ++i)

@@ -86,10 +86,13 @@ Result<void> add_device(Plan& plan, const std::string& value, const SettingSourc
   return {};
 }
 
-Result<void> set_transport(Plan& plan, const std::string& value, const SettingSource& source) {
-  NamedOptions named = TRY(parse_named_options(value));
-  plan.transport = {std::move(named.name), std::move(named.options), source.base_folder, source.position};
-  return {};
+// One thing of its kind, with options.
+Apply named(PlannedDevice Plan::*member) {
+  return [member](Plan& plan, const std::string& value, const SettingSource& source) -> Result<void> {
+    NamedOptions named = TRY(parse_named_options(value));
+    plan.*member = {std::move(named.name), std::move(named.options), source.base_folder, source.position};
+    return {};
+  };
 }
 
 std::vector<Setting> core_settings() {
@@ -129,8 +132,16 @@ std::vector<Setting> core_settings() {
        toggle, on_off([](Plan& plan, bool on) { plan.on_reboot = on ? OnReboot::exit : OnReboot::again; })},
       {"grace", "SECONDS", "Machine", "How long a guest may take to power off after SIGTERM or SIGINT (default: 10).",
        value, number(0, 3600, [](Plan& plan, uint64_t seconds) { plan.grace_ms = seconds * 1000; })},
+      {"name", "NAME", "Machine", "What `clone list` and --vm-id call this VM (default: its id).", value,
+       text(&Plan::name)},
+      {"no-control", "", "Machine", "No control socket: list, exec, attach and the like do not find this VM.", toggle,
+       on_off([](Plan& plan, bool on) { plan.control = !on; })},
       {"transport", "NAME[,KEY=VALUE...]", "Devices", "How virtio devices appear to the guest (default: mmio).", value,
-       set_transport},
+       named(&Plan::transport)},
+      {"balloon-policy", "NAME[,KEY=VALUE...]", "Devices",
+       "What decides how much memory an idle VM gives back; none for nothing, NAME,help prints options (default: "
+       "hysteresis, where it is installed).",
+       value, named(&Plan::balloon_policy)},
       {"device", "NAME[,KEY=VALUE...]", "Devices",
        "Add a device; NAME,help prints its options. `clone plugin list` shows what there is.", list, add_device},
       {"without", "NAME", "Devices", "Leave out a device that every machine has by default.", list,
@@ -168,17 +179,78 @@ Setting short_form(const ShortFlag& flag) {
   return setting;
 }
 
+// As they stand on the command line: "on" may be written in other ways.
+bool same_value(std::string_view a, std::string_view b) {
+  auto is_on = [](std::string_view value) {
+    return value == "on" || value == "yes" || value == "true" || value == "1";
+  };
+  return a == b || (is_on(a) && is_on(b));
+}
+
+bool has_all(const KeyValues& options, const KeyValues& wanted) {
+  return std::all_of(wanted.begin(), wanted.end(), [&](const auto& one) {
+    return std::any_of(options.begin(), options.end(), [&](const auto& option) {
+      return option.first == one.first && same_value(option.second, one.second);
+    });
+  });
+}
+
+// How a user gets the device that a flag is about: "--rootfs FILE or --device NAME,root=on".
+std::string ways_to_get(const FlagOption& flag, const Manifest& manifest) {
+  std::string ways;
+  for (const ShortFlag& maker : manifest.flags) {
+    const auto made = parse_named_options(maker.device + (maker.expansion.empty() ? "" : "," + maker.expansion));
+    if (made.ok() && made->name == flag.device && has_all(made->options, flag.which))
+      ways += maker.flag + " " + maker.value_name + " or ";
+  }
+  ways += "--device " + flag.device;
+  for (const auto& [key, value] : flag.which) ways += "," + key + "=" + value;
+  return ways;
+}
+
+// A flag for an option of a device that another flag makes, on whichever side of that one it stands.
+Setting option_form(const FlagOption& flag, const Manifest& manifest) {
+  Setting setting;
+  setting.name = flag.flag.substr(2);
+  setting.value_name = flag.value_name;
+  setting.group = "Devices";
+  setting.help = flag.help;
+  setting.kind = flag.value_is_optional ? SettingKind::optional_value : SettingKind::value;
+  setting.changes_devices = true;
+  setting.apply = [flag, ways = ways_to_get(flag, manifest)](Plan& plan, const std::string& value,
+                                                             const SettingSource& source) -> Result<void> {
+    bool found = false;
+    for (PlannedDevice& device : plan.devices) {
+      if (device.type != flag.device || !has_all(device.options, flag.which)) continue;
+      found = true;
+      const auto is_it = [&](const auto& option) { return option.first == flag.option; };
+      // The command line wins over a profile, whichever way it says it.
+      const bool from_profile = !source.position.empty(), device_from_profile = !device.where.empty();
+      if (from_profile && !device_from_profile && std::any_of(device.options.begin(), device.options.end(), is_it))
+        continue;
+      std::erase_if(device.options, is_it);
+      device.options.emplace_back(flag.option, value.empty() && flag.value_is_optional ? flag.left_out : value);
+      device.option_folders[flag.option] = source.base_folder;
+    }
+    if (!found) return Error{"needs " + ways};
+    return {};
+  };
+  return setting;
+}
+
 }  // namespace
 
 std::vector<Setting> all_settings(const Catalogue& catalogue) {
   std::vector<Setting> settings = core_settings();
-  for (const PluginFile& file : catalogue.files())
-    for (const ShortFlag& flag : file.manifest.flags) {
-      Setting setting = short_form(flag);
-      const bool taken = std::any_of(settings.begin(), settings.end(),
-                                     [&](const Setting& other) { return other.name == setting.name; });
-      if (!taken) settings.push_back(std::move(setting));
-    }
+  auto add = [&](Setting setting) {
+    const bool taken =
+        std::any_of(settings.begin(), settings.end(), [&](const Setting& other) { return other.name == setting.name; });
+    if (!taken) settings.push_back(std::move(setting));
+  };
+  for (const PluginFile& file : catalogue.files()) {
+    for (const ShortFlag& flag : file.manifest.flags) add(short_form(flag));
+    for (const FlagOption& flag : file.manifest.flag_options) add(option_form(flag, file.manifest));
+  }
   return settings;
 }
 
@@ -195,9 +267,12 @@ Result<Plan> make_plan(const std::vector<GivenSetting>& profile, const std::vect
     return std::any_of(command_line.begin(), command_line.end(),
                        [&](const GivenSetting& other) { return other.setting == given.setting; });
   };
-  for (const GivenSetting& given : profile)
-    if (!overridden(given)) apply(given);
-  for (const GivenSetting& given : command_line) apply(given);
+  for (const bool changes_devices : {false, true}) {
+    for (const GivenSetting& given : profile)
+      if (given.setting->changes_devices == changes_devices && !overridden(given)) apply(given);
+    for (const GivenSetting& given : command_line)
+      if (given.setting->changes_devices == changes_devices) apply(given);
+  }
   if (!mistakes.empty()) return Error{mistakes};
   return plan;
 }

@@ -33,6 +33,7 @@ struct Setting {
   SettingKind kind = SettingKind::value;
   // The value as a user wrote it. Errors say what is allowed; the caller puts the name in front.
   std::function<Result<void>(Plan&, const std::string& value, const SettingSource&)> apply;
+  bool changes_devices = false;  // those that other settings make: applied after all of these
 };
 
 // The core's own settings, then the short forms that plugins declare in their manifests.

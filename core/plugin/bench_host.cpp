@@ -343,7 +343,8 @@ struct BenchServices {
 
   static const clone_host_control* control_table() {
     static const clone_host_control table = {
-        sizeof table, 0,
+        sizeof table,
+        0,
         [](const clone_host* host, const char* name, const char*, void (*call)(void*, const char*, const clone_reply*),
            void* context, clone_err*) {
           of(host).commands_[std::string(host->name) + "." + name] = {call, context};
@@ -354,10 +355,24 @@ struct BenchServices {
           of(host).metrics_[std::string(host->name) + "." + name] = {value, context};
           return CLONE_OK;
         },
-        [](const clone_host*, const char*, const char*) {}};
+        [](const clone_host*, const char*, const char*) {},
+        [](const clone_host* host) { return of(host).directory().c_str(); },
+        [](const clone_host* host) {
+          of(host).directory();
+          return static_cast<int32_t>(of(host).directory_fd_.get());
+        }};
     return &table;
   }
 };
+
+const std::string& BenchHost::directory() {
+  if (directory_.empty()) {
+    std::string path = (std::filesystem::temp_directory_path() / "clone-check-XXXXXX").string();
+    if (::mkdtemp(path.data())) directory_ = path;
+    directory_fd_ = clone_sdk::Fd(::open(directory_.c_str(), O_DIRECTORY | O_RDONLY | O_CLOEXEC));
+  }
+  return directory_;
+}
 
 const void* BenchHost::get_extension(const clone_host* host, const char* id) {
   const BenchHost& bench = of(host);

@@ -9,6 +9,7 @@
 //   host.interrupts(4);                                        // pulses, rising levels, irqfd signals since last asked
 #pragma once
 
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -17,6 +18,7 @@
 #include <atomic>
 #include <cstring>
 #include <deque>
+#include <filesystem>
 #include <functional>
 #include <map>
 #include <memory>
@@ -167,6 +169,10 @@ class BenchHost {
 
   explicit BenchHost(uint64_t memory_bytes = 16ull << 20) : memory_(make_memory(memory_bytes)) {}
   BenchHost(const BenchHost&) = delete;
+  ~BenchHost() {
+    std::error_code ignored;
+    if (!directory_.empty()) std::filesystem::remove_all(directory_, ignored);
+  }
 
   // The handle of one instance, made on the first ask; lasts as long as the BenchHost.
   const clone_host* handle(const std::string& name = "test.0") {
@@ -185,6 +191,8 @@ class BenchHost {
   void offer(const std::string& id, const void* table) { offered_[id] = table; }
 
   GuestMemory& memory() { return memory_; }
+  // The VM's own directory, made when it is first asked for.
+  const std::string& directory();
 
   // --- The guest's side: ports, MMIO, interrupts ---
   void bus_read(uint32_t space, uint64_t address, void* data, uint32_t size_bytes) {
@@ -312,17 +320,33 @@ class BenchHost {
     return machine_requests_;
   }
   uint32_t vcpu_count = 1;
-  // The JSON of the answer, or "error: …"; "" while it has not been answered.
-  std::string call_command(const std::string& name, const std::string& json) {
+  struct Answer {
+    std::string text;  // JSON, or "error: …"; "" while it has not been answered
+    clone_sdk::Fd fd;
+  };
+  // `answer` lasts until it is given: a command may answer later.
+  void begin_command(const std::string& name, const std::string& json, Answer& answer) {
     const auto found = commands_.find(name);
-    if (found == commands_.end()) return "error: no such command";
-    std::string answer;
+    if (found == commands_.end()) {
+      answer.text = "error: no such command";
+      return;
+    }
     const clone_reply reply = {
-        sizeof(clone_reply), 0, &answer,
-        [](void* context, const char* text) { *static_cast<std::string*>(context) = text; },
-        [](void* context, const char* text) { *static_cast<std::string*>(context) = std::string("error: ") + text; }};
+        sizeof(clone_reply),
+        0,
+        &answer,
+        [](void* context, const char* text) { static_cast<Answer*>(context)->text = text; },
+        [](void* context, const char* text) { static_cast<Answer*>(context)->text = std::string("error: ") + text; },
+        [](void* context, const char* text, int32_t fd) {
+          static_cast<Answer*>(context)->text = text;
+          static_cast<Answer*>(context)->fd = clone_sdk::Fd(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
+        }};
     found->second.call(found->second.context, json.c_str(), &reply);
-    return answer;
+  }
+  std::string call_command(const std::string& name, const std::string& json) {
+    Answer answer;
+    begin_command(name, json, answer);
+    return answer.text;
   }
   double metric(const std::string& name) { return metrics_.at(name).first(metrics_.at(name).second); }
 
@@ -412,6 +436,8 @@ class BenchHost {
   void* power_button_context_ = nullptr;
   std::vector<uint32_t> machine_requests_;
   std::map<std::string, Command> commands_;
+  std::string directory_;  // of clone.host-control/1, made when it is asked for
+  clone_sdk::Fd directory_fd_;
   std::map<std::string, std::pair<double (*)(void*), void*>> metrics_;
   std::vector<std::string> log_lines_;
   std::vector<std::string> misuses_;

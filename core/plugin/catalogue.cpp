@@ -27,16 +27,16 @@ std::string octal(mode_t mode) {
 }
 
 // A folder further up may be writable by others if it is sticky: then they cannot rename what is not theirs.
-Result<void> check_owner_and_mode(const std::string& path, bool sticky_is_enough) {
+Result<void> check_owner_and_mode(const std::string& path, bool sticky_is_enough, const std::string& way_out) {
   struct stat status {};
   if (::stat(path.c_str(), &status) != 0) return errno_error(path);
   if (status.st_uid != 0 && status.st_uid != ::geteuid())
-    return Error{"refused: user " + std::to_string(status.st_uid) + " owns " + path +
-                 " (chown it to root, or give --allow-insecure-plugins)"};
+    return Error{"refused: user " + std::to_string(status.st_uid) + " owns " + path + " (chown it to root" + way_out +
+                 ")"};
   const bool others = (status.st_mode & S_IWOTH) || ((status.st_mode & S_IWGRP) && status.st_gid != 0);
   if (others && !(sticky_is_enough && (status.st_mode & S_ISVTX)))
-    return Error{"refused: others can write to " + path + " (mode " + octal(status.st_mode) +
-                 "; chmod go-w it, or give --allow-insecure-plugins)"};
+    return Error{"refused: others can write to " + path + " (mode " + octal(status.st_mode) + "; chmod go-w it" +
+                 way_out + ")"};
   return {};
 }
 
@@ -62,14 +62,14 @@ std::vector<std::string> plugin_folders(const std::vector<std::string>& given) {
   return folders;
 }
 
-Result<void> check_trust(const std::string& path) {
+Result<void> check_trust(const std::string& path, const std::string& way_out) {
   if (::geteuid() != 0) return {};
   std::error_code error;
   const fs::path real = fs::canonical(path, error);
   if (error) return errno_error(path, error.value());
-  TRY(check_owner_and_mode(real.string(), false));
+  TRY(check_owner_and_mode(real.string(), false, way_out));
   for (fs::path folder = real.parent_path();; folder = folder.parent_path()) {
-    TRY(check_owner_and_mode(folder.string(), folder != real.parent_path()));
+    TRY(check_owner_and_mode(folder.string(), folder != real.parent_path(), way_out));
     if (folder == folder.root_path()) return {};
   }
 }

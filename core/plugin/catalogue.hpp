@@ -50,8 +50,9 @@ std::vector<std::string> plugin_folders(const std::vector<std::string>& given);
 // The folder that the installed tree stands in: where bin/clone is, one up.
 std::string installation_prefix();
 
-// When running as root: nobody but root may be able to change the file or replace it. One line says who could.
-Result<void> check_trust(const std::string& path);
+// When running as root: nobody but root may be able to change the file or replace it. One line says who could, and ends
+// with `way_out`.
+Result<void> check_trust(const std::string& path, const std::string& way_out = ", or give --allow-insecure-plugins");
 
 // Reads and judges one file without loading it.
 Result<PluginFile> read_plugin_file(const std::string& path, PluginTrust trust);

@@ -66,7 +66,8 @@ std::string option_mistake(const clone_option& option) {
   if (const Verdict help = check_help(option.help); help.kind == CheckVerdict::failed) return "help: " + help.detail;
   if (option.maximum != 0 && option.minimum > option.maximum) return "its range is empty";
   if ((option.flags & CLONE_OPTION_REQUIRED) && option.default_value) return "it is required and has a default";
-  if (option.type == CLONE_OPTION_CHOICE) return choices_mistake(option);
+  if (option.type == CLONE_OPTION_CHOICE || (option.type == CLONE_OPTION_PATH && option.choices))
+    return choices_mistake(option);
   return {};
 }
 
@@ -104,6 +105,25 @@ Verdict check_flags(const CheckSubject& subject) {
             value = sample_options(sample, SamplePath::file).front().second;
           }
       std::erase_if(values, [&](const auto& other) { return other.first == key; });
+      values.emplace_back(key, value);
+    }
+    if (auto checked = OptionValues::check(subject.type.descriptor, values); !checked.ok())
+      return Verdict::failed(flag.flag + ": " + checked.error().message);
+  }
+  for (const FlagOption& flag : subject.file.manifest.flag_options) {
+    if (flag.device != subject.provided.name) continue;
+    KeyValues values = sample_options(subject, SamplePath::file);
+    KeyValues set = flag.which;
+    set.emplace_back(flag.option, flag.left_out);
+    const bool known = std::all_of(set.begin(), set.end(), [&](const auto& option) {
+      for (const clone_option* const* row = subject.type.descriptor.options; *row; ++row)
+        if (option.first == (*row)->name) return true;
+      return false;
+    });
+    if (!known) return Verdict::failed(flag.flag + ": its option, or that which it asks for, is not in the table");
+    if (!flag.value_is_optional) set.pop_back();
+    for (const auto& [key, value] : set) {
+      std::erase_if(values, [&key = key](const auto& other) { return other.first == key; });
       values.emplace_back(key, value);
     }
     if (auto checked = OptionValues::check(subject.type.descriptor, values); !checked.ok())
@@ -195,12 +215,14 @@ void check_life(CheckRecorder& recorder, const CheckSubject& subject) {
   if (const auto table = instance.extension<clone_boot_root>(CLONE_BOOT_ROOT))
     recorder.rule("clone.boot-root/1 describes a root, or says that it is none", [&] {
       if (!table->describe) return Verdict::failed("it has no describe function");
-      clone_boot_root_info info{sizeof info, 0, nullptr, nullptr, nullptr};
+      clone_boot_root_info info{sizeof info, 0, nullptr, nullptr, nullptr, ""};
       clone_err err{sizeof err, 0, {}};
       const clone_status status = table->describe(instance.device(), &info, &err);
       if (status == CLONE_EMPTY) return Verdict();
       if (status != CLONE_OK) return Verdict::failed(err.message);
       if (!info.source || !info.file_system || !info.guest_modules) return Verdict::failed("a string is NULL");
+      if (!info.overlay || (*info.overlay && std::string_view(info.overlay) != "tmpfs"))
+        return Verdict::failed("overlay is neither \"\" nor \"tmpfs\"");
       const std::string_view source = info.source;
       return Verdict::when(source.starts_with("serial:") || source.starts_with("/dev/") || source.starts_with("tag:"),
                            "source '" + std::string(source) + "' is none of serial:…, /dev/…, tag:…");

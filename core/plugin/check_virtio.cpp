@@ -65,7 +65,9 @@ class HostileDriver {
       config.size = sizeof config;
       config.index = i;
       config.layout = {sizeof config.layout, size, features_, base, base + 0x10000, base + 0x20000};
-      config.kick_fd = config.call_fd = -1;
+      const clone_sdk::Fd kick(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+      config.kick_fd = kick.get();
+      config.call_fd = -1;
       config.interrupt = [](void*, uint32_t) {};
       clone_virtqueue* queue = nullptr;
       clone_err err{sizeof err, 0, {}};

@@ -9,8 +9,10 @@
 namespace vmm {
 
 class ConsoleHub;
+class ControlServer;
 class EventLoop;
 class GuestMemory;
+class InstanceDirectory;
 class Machine;
 
 // Parts that a host does not have are NULL: their services are then not offered.
@@ -19,6 +21,8 @@ struct HostContext {
   EventLoop* main_loop = nullptr;
   ConsoleHub* console = nullptr;
   Machine* machine = nullptr;
+  ControlServer* control = nullptr;
+  const InstanceDirectory* directory = nullptr;  // with `control`
 };
 
 // The context's owner: services work on the VM of their caller. [any]

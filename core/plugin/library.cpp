@@ -11,11 +11,14 @@
 namespace vmm {
 namespace {
 
+Result<void> check_descriptor(const clone_descriptor& descriptor, std::string_view name) {
+  if (descriptor.help && descriptor.options) return {};
+  return Error{"the descriptor of '" + std::string(name) + "' is incomplete", 0, CLONE_ERR_INTERNAL};
+}
+
 // Everything that a device or transport must have; what is optional is absent here.
 Result<void> check_type(const char* name, const DeviceType& type) {
-  const clone_descriptor& descriptor = type.descriptor;
-  if (!descriptor.name || std::string_view(descriptor.name) != name || !descriptor.help || !descriptor.options)
-    return Error{"the descriptor of '" + std::string(name) + "' is incomplete", 0, CLONE_ERR_INTERNAL};
+  TRY(check_descriptor(type.descriptor, name));
   const clone_device_ops& ops = type.ops;
   if (!ops.create || !ops.destroy || !ops.configure || !ops.quiesce || !ops.resume || !ops.reset || !ops.save ||
       !ops.load || !ops.get_extension)
@@ -132,6 +135,24 @@ Result<TransportType> PluginLibrary::transport(std::string_view name) {
     return type;
   }
   return Error{plugin_name(file) + ": its manifest promises transport '" + std::string(name) +
+               "', its factory has none"};
+}
+
+Result<PolicyType> PluginLibrary::balloon_policy(std::string_view name) {
+  const PluginFile& file = *TRY(catalogue_->find("balloon-policy", name));
+  const auto* factory = TRY(this->factory<clone_balloon_policy_factory>(file, CLONE_BALLOON_POLICY_FACTORY));
+  for (uint32_t i = 0; i < factory->count; ++i) {
+    PolicyType type{&file, {}, copy_table(factory->type(i))};
+    if (!type.table.descriptor) continue;
+    type.descriptor = copy_table(type.table.descriptor);
+    if (!type.descriptor.name || type.descriptor.name != name) continue;
+    TRY(check_descriptor(type.descriptor, name).context(plugin_name(file)));
+    if (!type.table.create || !type.table.destroy || !type.table.decide || !type.table.save || !type.table.load)
+      return Error{plugin_name(file) + ": balloon policy '" + std::string(name) + "' lacks a function", 0,
+                   CLONE_ERR_INTERNAL};
+    return type;
+  }
+  return Error{plugin_name(file) + ": its manifest promises balloon policy '" + std::string(name) +
                "', its factory has none"};
 }
 

@@ -7,6 +7,7 @@
 #include <map>
 #include <string>
 
+#include "clone/abi/balloon_policy.h"
 #include "clone/abi/device.h"
 #include "clone/abi/plugin.h"
 #include "clone/abi/transport.h"
@@ -33,6 +34,12 @@ struct TransportType : DeviceType {
   decltype(clone_transport_type::attach) attach = nullptr;
 };
 
+struct PolicyType {
+  const PluginFile* file = nullptr;
+  clone_descriptor descriptor{};
+  clone_balloon_policy_type table{};
+};
+
 class PluginLibrary {
  public:
   explicit PluginLibrary(const Catalogue& catalogue) : catalogue_(&catalogue) {}
@@ -40,6 +47,7 @@ class PluginLibrary {
 
   Result<DeviceType> device(std::string_view name);
   Result<TransportType> transport(std::string_view name);
+  Result<PolicyType> balloon_policy(std::string_view name);
 
   // Loads the file (RTLD_NOW, RTLD_LOCAL), asks for its entry and runs its init.
   Result<const clone_plugin*> load(const PluginFile& file);

@@ -2,6 +2,7 @@
 // Finds the section `.clone_plugin` in an ELF file and takes the manifest apart.
 #include "plugin/manifest.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include "clone/abi/plugin.h"
@@ -43,20 +44,36 @@ bool is_name(std::string_view name) {
   return !name.empty() && name.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789-") == std::string_view::npos;
 }
 
+bool in_brackets(std::string_view text) { return text.starts_with('[') && text.ends_with(']'); }
+
+constexpr std::string_view kKinds[] = {"device", "transport", "balloon-policy", "snapshot-backend"};
+
 Result<void> parse_provides(const std::string& records, Manifest& manifest) {
   for (const std::string& line : split(records, '\n')) {
     if (line.empty()) continue;
     const auto fields = split(line, '\t');
+    const Error unreadable{"the manifest has a record that cannot be read: " + printable(line)};
+    const auto is_flag = [&fields](size_t least_fields) {
+      return fields.size() >= least_fields && fields[1].starts_with("--") && is_name(fields[1].substr(2)) &&
+             is_name(fields[2]);
+    };
     if (fields[0] == "flag") {
-      if (fields.size() < 6 || !fields[1].starts_with("--") || !is_name(fields[1].substr(2)) || !is_name(fields[2]))
-        return Error{"the manifest has a record that cannot be read: " + printable(line)};
-      ShortFlag flag{fields[1], fields[2], printable(fields[3]), false, printable(fields[4]), printable(fields[5])};
-      if (flag.value_name.starts_with('[') && flag.value_name.ends_with(']')) flag.value_is_optional = true;
-      manifest.flags.push_back(std::move(flag));
+      if (!is_flag(6)) return unreadable;
+      manifest.flags.push_back({fields[1], fields[2], printable(fields[3]), in_brackets(fields[3]),
+                                printable(fields[4]), printable(fields[5])});
+    } else if (fields[0] == "flag-option") {
+      if (!is_flag(8) || fields[5].empty()) return unreadable;
+      // Behind the device's name these are options as in `--device NAME,key=value`.
+      auto which = parse_named_options(fields[2] + (fields[3].empty() ? "" : "," + printable(fields[3])));
+      if (!which.ok()) return unreadable;
+      manifest.flag_options.push_back({fields[1], fields[2], std::move(which->options), printable(fields[4]),
+                                       in_brackets(fields[4]), printable(fields[5]), printable(fields[6]),
+                                       printable(fields[7])});
+    } else if (std::find(std::begin(kKinds), std::end(kKinds), fields[0]) != std::end(kKinds)) {
+      if (fields.size() < 3 || !is_name(fields[1])) return unreadable;
+      manifest.provides.push_back({fields[0], fields[1], fields[2] == "default"});
     } else {
-      if (fields.size() < 3 || !is_name(fields[1]))
-        return Error{"the manifest has a record that cannot be read: " + printable(line)};
-      manifest.provides.push_back({printable(fields[0]), fields[1], fields[2] == "default"});
+      manifest.unknown_records.push_back(printable(fields[0]));
     }
   }
   return {};

@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "plugin/options.hpp"
 #include "util/result.hpp"
 
 namespace vmm {
@@ -29,6 +30,18 @@ struct ShortFlag {
   std::string help;
 };
 
+// A short form for an option of a device that is planned anyway: `--flag VALUE` for option=VALUE on it.
+struct FlagOption {
+  std::string flag;
+  std::string device;
+  KeyValues which;  // what that device has: {"root", "on"}
+  std::string value_name;
+  bool value_is_optional = false;
+  std::string option;
+  std::string left_out;  // its value then
+  std::string help;
+};
+
 struct Manifest {
   uint32_t abi_major = 0;
   uint32_t abi_minor = 0;
@@ -36,6 +49,8 @@ struct Manifest {
   std::string id, version, vendor, licence, description;
   std::vector<Provided> provides;
   std::vector<ShortFlag> flags;
+  std::vector<FlagOption> flag_options;
+  std::vector<std::string> unknown_records;  // their kinds; of a newer interface than this host's
 
   const Provided* find(std::string_view kind, std::string_view name) const;
 };

@@ -114,6 +114,11 @@ Result<NamedOptions> parse_named_options(std::string_view text) {
   return named;
 }
 
+bool is_word_of(const clone_option& option, std::string_view text) {
+  const auto words = choices_of(option);
+  return std::find(words.begin(), words.end(), text) != words.end();
+}
+
 std::string quote_commas(std::string_view value) {
   std::string quoted;
   for (char c : value) quoted.append(c == ',' ? 2 : 1, c);
@@ -205,7 +210,7 @@ Result<OptionValues> OptionValues::check(const clone_descriptor& descriptor, con
 std::string describe_option_type(const clone_option& option) {
   switch (option.type) {
     case CLONE_OPTION_PATH:
-      return "path";
+      return (option.choices ? std::string(option.choices) + "|" : "") + "path";
     case CLONE_OPTION_BOOL:
       return "on|off";
     case CLONE_OPTION_NUMBER:

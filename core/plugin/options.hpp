@@ -22,6 +22,9 @@ struct NamedOptions {
 };
 Result<NamedOptions> parse_named_options(std::string_view text);
 
+// Whether it is one of the words that a path option takes besides paths.
+bool is_word_of(const clone_option& option, std::string_view text);
+
 // The same text again, for messages and for a profile.
 std::string quote_commas(std::string_view value);
 

@@ -18,6 +18,9 @@ typedef struct clone_boot_root_info {
   const char *source;      /* "serial:TEXT" (a block device by its serial number), "/dev/NAME", "tag:TAG" */
   const char *file_system; /* as found on it, "" when unknown: then the guest tries what its kernel has */
   const char *guest_modules; /* that the file system needs, separated by blanks */
+  /* "tmpfs": the guest keeps what it writes in its own memory, over this root, which is mounted read-only. "" for none;
+   * a plugin from before this field leaves it as it is. */
+  const char *overlay;
 } clone_boot_root_info;
 
 typedef struct clone_boot_root {

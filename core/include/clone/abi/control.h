@@ -19,6 +19,9 @@ typedef struct clone_reply {
   void *context;
   void (*succeed)(void *context, const char *json);
   void (*fail)(void *context, const char *message);
+  /* As succeed(), with a descriptor that travels to the client beside the answer (SCM_RIGHTS). The host takes a duplicate;
+   * `fd` stays the caller's. */
+  void (*succeed_with_fd)(void *context, const char *json, int32_t fd);
 } clone_reply;
 
 #define CLONE_METRIC_COUNTER 1u
@@ -27,16 +30,23 @@ typedef struct clone_reply {
 typedef struct clone_host_control {
   uint32_t size;
   uint32_t reserved;
-  /* [control] &inactive. The method "instance.name". `call` runs on [control] with the parameters as JSON; it may answer
-   * later and must answer once. */
+  /* [control] &inactive. The method "instance.name" ("serial.0.reset"), of a type's first instance also "type.name". `call`
+   * runs on [control] with the parameters as JSON (an object; "{}" when none were given); it may answer later and must
+   * answer once, also when its device is destroyed before it could. `reply` is copied when it is kept: it lasts for the
+   * call only, what it points to lasts until the answer. */
   clone_status (*add_command)(const clone_host *host, const char *name, const char *help,
                               void (*call)(void *context, const char *json, const clone_reply *reply), void *context,
                               clone_err *err);
-  /* [control] &inactive. `read` is called [any]. */
+  /* [control] &inactive. `name` is that of the Prometheus metric without the prefix "clone_"; the label "instance" is the
+   * host's. `read` is called [control]. */
   clone_status (*add_metric)(const clone_host *host, const char *name, const char *help, uint32_t kind,
                              double (*read)(void *context), void *context, clone_err *err);
   /* [any] A notification to whoever listens on the control socket. */
   void (*notify)(const clone_host *host, const char *name, const char *json);
+  /* [any] The VM's own directory (mode 0700; it goes with the VM), for sockets of devices. Its path may be longer than a
+   * socket's address holds: bind to "/proc/self/fd/FD/NAME". Both stay the host's. */
+  const char *(*directory)(const clone_host *host);
+  int32_t (*directory_fd)(const clone_host *host);
 } clone_host_control;
 
 #define CLONE_HOST_INSTANCES "clone.host-instances/1"

@@ -29,7 +29,7 @@ typedef struct clone_option {
   const char *help;          /* one sentence */
   uint64_t minimum;          /* NUMBER, SIZE: range, both ends allowed; maximum 0: none. */
   uint64_t maximum;          /* TEXT, PATH: greatest length in bytes; 0: 4096. */
-  const char *choices;       /* CHOICE: "writeback|none|unsafe" */
+  const char *choices;       /* CHOICE: "writeback|none|unsafe"; PATH: words that are no paths, NULL for none */
 } clone_option;
 
 /* A value after the host's check against the table. */

@@ -30,7 +30,8 @@ typedef struct clone_manifest {
   char provides[2560];       /* records made by the macros below */
 } clone_manifest;
 
-/* Records of `provides`: what the plugin holds, so that the host loads only the files that it needs.
+/* Records of `provides`: what the plugin holds, so that the host loads only the files that it needs. A host passes over
+ * records of a kind that it does not know.
  * kind: "device", "transport", "balloon-policy", "snapshot-backend".
  * traits: "" or "default" (every machine gets one unless told otherwise). */
 #define CLONE_PROVIDES(kind, name, traits) kind "\t" name "\t" traits "\n"
@@ -38,6 +39,11 @@ typedef struct clone_manifest {
  * '%' in expansion replaced by VALUE. In an optional-value flag, value_name is in brackets: "[KIND]". */
 #define CLONE_PROVIDES_FLAG(flag, device, value_name, expansion, help) \
   "flag\t" flag "\t" device "\t" value_name "\t" expansion "\t" help "\n"
+/* A short form for an option of a device that another short form or --device makes: `--flag VALUE` sets option=VALUE on
+ * the planned `device` that has `which` ("root=on", "" for any). It is an error when there is none. With value_name in
+ * brackets the value may be left out, and means left_out then. */
+#define CLONE_PROVIDES_FLAG_OPTION(flag, device, which, value_name, option, left_out, help) \
+  "flag-option\t" flag "\t" device "\t" which "\t" value_name "\t" option "\t" left_out "\t" help "\n"
 
 /* Kept by compiler and linker (--gc-sections) though nothing refers to it. */
 #if defined(__has_attribute) && __has_attribute(retain)

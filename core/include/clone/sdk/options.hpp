@@ -23,6 +23,11 @@ constexpr clone_option text_option(const char* name, const char* default_value, 
 constexpr clone_option path_option(const char* name, const char* default_value, const char* help) {
   return make_option(CLONE_OPTION_PATH, name, default_value, help);
 }
+// A path, or one of the words: "none|memory".
+constexpr clone_option path_or_word_option(const char* name, const char* default_value, const char* help,
+                                           const char* words) {
+  return make_option(CLONE_OPTION_PATH, name, default_value, help, 0, 0, words);
+}
 constexpr clone_option bool_option(const char* name, const char* default_value, const char* help) {
   return make_option(CLONE_OPTION_BOOL, name, default_value, help);
 }

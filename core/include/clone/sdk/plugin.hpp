@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "clone/abi/plugin.h"
+#include "clone/sdk/balloon_policy.hpp"
 #include "clone/sdk/device.hpp"
 #include "clone/sdk/transport.hpp"
 #include "clone/sdk/virtio.hpp"
@@ -55,4 +56,12 @@
     return id == CLONE_TRANSPORT_FACTORY ? clone_sdk::transport_factory<__VA_ARGS__>() : nullptr; \
   }                                                                                               \
   }                                                                                               \
+  CLONE_SDK_ENTRY(clone_sdk_find_factory)
+
+#define CLONE_SDK_BALLOON_POLICIES(...)                                                                     \
+  namespace {                                                                                               \
+  const void* clone_sdk_find_factory(std::string_view id) {                                                 \
+    return id == CLONE_BALLOON_POLICY_FACTORY ? clone_sdk::balloon_policy_factory<__VA_ARGS__>() : nullptr; \
+  }                                                                                                         \
+  }                                                                                                         \
   CLONE_SDK_ENTRY(clone_sdk_find_factory)
