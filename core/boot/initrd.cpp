@@ -86,6 +86,7 @@ Result<Initrd> Initrd::prepare(const InitrdSpec& spec) {
   configuration.add("root", spec.root);
   for (const std::string& type : spec.filesystem_types) configuration.add("fstype", type);
   configuration.add("mode", spec.root_access == RootAccess::read_only ? "ro" : "rw");
+  if (spec.overlay == RootOverlay::guest_memory) configuration.add("overlay", "tmpfs");
   if (!spec.options.empty()) configuration.add("options", spec.options);
   configuration.add("init", spec.init);
   for (const std::string& argument : spec.init_arguments) configuration.add("init-arg", argument);

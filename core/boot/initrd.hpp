@@ -16,6 +16,10 @@
 namespace vmm {
 
 enum class RootAccess { read_write, read_only };
+enum class RootOverlay {
+  none,
+  guest_memory,  // the root stays read-only below, what the guest writes is kept in a tmpfs
+};
 
 struct InitrdSpec {
   std::string init_path;                      // the clone-init binary
@@ -25,6 +29,7 @@ struct InitrdSpec {
   std::string root;                           // "serial:TEXT", "/dev/NAME", "tag:TAG" or "none"
   std::vector<std::string> filesystem_types;  // tried in order; empty: each that the kernel knows
   RootAccess root_access = RootAccess::read_write;
+  RootOverlay overlay = RootOverlay::none;
   std::string options;  // as mount(8) takes them with -o
   std::string init = "/sbin/init";
   std::vector<std::string> init_arguments;

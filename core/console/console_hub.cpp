@@ -40,7 +40,11 @@ EscapeFilter::Output EscapeFilter::feed(std::string_view bytes) {
 }
 
 ConsoleHub::ConsoleHub(EventLoop& main_loop, Config config)
-    : loop_(main_loop), config_(std::move(config)), output_(config_.output_fd), terminal_(config_.input_fd) {}
+    : loop_(main_loop),
+      config_(std::move(config)),
+      output_(config_.output_fd),
+      watchers_(main_loop, [this](std::string_view bytes) { return take_typed(bytes); }),
+      terminal_(config_.input_fd) {}
 
 ConsoleHub::~ConsoleHub() {
   *alive_ = false;
@@ -89,6 +93,13 @@ void ConsoleHub::type(std::string_view bytes) {
   deliver();
   if (output.help) write(kHelp);
   if (output.leave && config_.leave) config_.leave();
+}
+
+bool ConsoleHub::take_typed(std::string_view bytes) {
+  if (typed_.size() + bytes.size() > kInputBytes) return false;
+  typed_ += bytes;
+  deliver();
+  return true;
 }
 
 void ConsoleHub::watch_input() {

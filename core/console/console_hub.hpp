@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include "clone/abi/console.h"
+#include "console/console_watchers.hpp"
 #include "console/output_stream.hpp"
 #include "console/terminal.hpp"
 #include "loop/event_loop.hpp"
@@ -52,7 +53,10 @@ class ConsoleHub {
   // [control] Puts the terminal into raw mode and begins to read. Without an attached device it leaves both alone.
   Result<void> start();
   // [control] Before the VM ends: writes what is buffered, for at most so long.
-  void flush(std::chrono::milliseconds limit = std::chrono::seconds(2)) { output_.flush(limit); }
+  void flush(std::chrono::milliseconds limit = std::chrono::seconds(2)) {
+    output_.flush(limit);
+    watchers_.flush(limit / 4);
+  }
 
   // The functions of clone.host-console/1.
   using Input = uint64_t (*)(void* context, const void* data, uint64_t size_bytes);
@@ -60,10 +64,15 @@ class ConsoleHub {
   // The device goes; another may become the console. Harmless for one that is not the console.
   void detach(const std::string& owner);
   void input_wanted();
-  void write(std::string_view bytes) { output_.write(bytes); }
+  void write(std::string_view bytes) {
+    output_.write(bytes);
+    watchers_.write(bytes);
+  }
 
-  // [control] Something was typed, wherever it comes from.
+  // [control] Something was typed at the terminal.
   void type(std::string_view bytes);
+  // Those who watch through a socket; what they type has no escape keys here.
+  ConsoleWatchers& watchers() { return watchers_; }
 
  private:
   static constexpr size_t kInputBytes = 64 * 1024;
@@ -73,10 +82,12 @@ class ConsoleHub {
   void unwatch_input();
   void read_input();
   void deliver();
+  bool take_typed(std::string_view bytes);
 
   EventLoop& loop_;
   Config config_;
   OutputStream output_;
+  ConsoleWatchers watchers_;
   Terminal terminal_;
   EscapeFilter filter_;
 

@@ -26,7 +26,10 @@ Fd reopen_nonblocking(int fd, int access_mode) {
   return Fd(::open(path.c_str(), access_mode | O_NONBLOCK | O_NOCTTY | O_CLOEXEC));
 }
 
-OutputStream::OutputStream(int fd) : fd_(fd), kind_(Kind::other), patience_(::isatty(fd) ? 0 * kPatience : kPatience) {
+OutputStream::OutputStream(int fd) : OutputStream(fd, ::isatty(fd) ? 0 * kPatience : kPatience) {}
+
+OutputStream::OutputStream(int fd, std::chrono::milliseconds patience)
+    : fd_(fd), kind_(Kind::other), patience_(patience) {
   struct stat status;
   if (::fstat(fd, &status) != 0) {
     broken_ = true;

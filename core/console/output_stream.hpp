@@ -30,6 +30,8 @@ class OutputStream {
 
   // `fd` stays the caller's and is open as long as this. Nothing is written before start().
   explicit OutputStream(int fd);
+  // A writer waits so long for a full reader, once.
+  OutputStream(int fd, std::chrono::milliseconds patience);
   OutputStream(const OutputStream&) = delete;
   OutputStream& operator=(const OutputStream&) = delete;
   // What is not flushed is lost.

@@ -53,9 +53,9 @@ Result<void> call_plugin(const Instance& instance, const char* phase, Call&& cal
 
 }  // namespace
 
-Result<std::unique_ptr<Machine>> Machine::create(const CheckedPlan& plan, EventLoop& main_loop, ConsoleHub& console,
-                                                 Timing& timing, Ended ended) {
-  std::unique_ptr<Machine> machine(new Machine(plan, main_loop, console, std::move(ended)));
+Result<std::unique_ptr<Machine>> Machine::create(const CheckedPlan& plan, const Surroundings& around, Timing& timing,
+                                                 Ended ended) {
+  std::unique_ptr<Machine> machine(new Machine(plan, around, std::move(ended)));
   TRY(machine->build(timing));
   return machine;
 }
@@ -103,7 +103,8 @@ Result<void> Machine::load_kernel(const KernelFile& kernel) {
 }
 
 Result<void> Machine::make_instance(const std::string& name, const DeviceType& type, const OptionValues& options) {
-  Instance& instance = instances_.emplace_back(name, HostContext{&*memory_, &main_loop_, &console_, this});
+  Instance& instance = instances_.emplace_back(
+      name, HostContext{&*memory_, &around_.main_loop, &around_.console, this, around_.control, around_.directory});
   instance.ops = type.ops;
   TRY(call_plugin(instance, "while it was created",
                   [&](clone_err* err) { return instance.ops.create(instance.host.raw(), &instance.device, err); }));
@@ -140,6 +141,9 @@ Result<void> Machine::prepare_boot(const KernelImage& image, Timing& timing) {
       if (!value->empty()) log_warning(std::string(flag) + " is for the generated initrd; --initrd has its own");
     const Mapping file = TRY(map_file(plan_.plan.initrd).context("--initrd"));
     boot.initrd = TRY(place_initrd(*memory_, image, file.bytes()).context("--initrd " + plan_.plan.initrd));
+    if (const auto root = TRY(find_root()); root && *root->info.overlay)
+      return Error{root->owner +
+                   ": an overlay in the guest's memory is laid by the generated initrd: leave --initrd out"};
   } else if (const auto generated = TRY(generate_initrd(image))) {
     boot.initrd = TRY(find_initrd_place(*memory_, image, generated->size_bytes()));
     generated->write_to({memory_->slice(boot.initrd->start, boot.initrd->size_bytes), boot.initrd->size_bytes});
@@ -166,27 +170,36 @@ Result<void> Machine::prepare_boot(const KernelImage& image, Timing& timing) {
   return {};
 }
 
-// The root file system's device, if there is one, decides whether an initrd has to be made.
-Result<std::optional<Initrd>> Machine::generate_initrd(const KernelImage& kernel) {
-  std::optional<clone_boot_root_info> root;
-  std::string owner;
+Result<std::optional<Machine::Root>> Machine::find_root() {
+  std::optional<Root> root;
   for (const Instance& instance : instances_) {
     const auto table = extension_of<clone_boot_root>(instance, CLONE_BOOT_ROOT);
     if (!table || !table->describe) continue;
-    clone_boot_root_info info{sizeof info, 0, "", "", ""};
+    clone_boot_root_info info{sizeof info, 0, "", "", "", ""};
     clone_status status = CLONE_OK;
     TRY(call_plugin(instance, "while its root file system was described",
                     [&](clone_err* err) { return status = table->describe(instance.device, &info, err); }));
     if (status == CLONE_EMPTY) continue;
-    if (root) return Error{"two devices hold the root file system: " + owner + " and " + instance.host.name()};
-    root = info;
-    owner = instance.host.name();
+    if (root) return Error{"two devices hold the root file system: " + root->owner + " and " + instance.host.name()};
+    const std::string_view overlay = info.overlay ? info.overlay : "";
+    if (!overlay.empty() && overlay != "tmpfs")
+      return Error{instance.host.name() + ": a root overlay of the unknown kind '" + std::string(overlay) +
+                   "'; allowed is tmpfs"};
+    if (overlay.empty()) info.overlay = "";
+    root = Root{info, instance.host.name()};
   }
-  if (!root) {
+  return root;
+}
+
+// The root file system's device, if there is one, decides whether an initrd has to be made.
+Result<std::optional<Initrd>> Machine::generate_initrd(const KernelImage& kernel) {
+  const auto found = TRY(find_root());
+  if (!found) {
     if (!plan_.plan.init.empty()) log_warning("--init has no effect without a root file system (--rootfs)");
     return std::optional<Initrd>();
   }
 
+  const clone_boot_root_info* const root = &found->info;
   InitrdSpec spec;
   spec.init_path = installation_prefix() + "/" + kInitProgram;
   spec.modules_dir = plan_.plan.modules;
@@ -195,6 +208,7 @@ Result<std::optional<Initrd>> Machine::generate_initrd(const KernelImage& kernel
   spec.root = root->source;
   if (*root->file_system) spec.filesystem_types = {root->file_system};
   spec.root_access = root->read_only ? RootAccess::read_only : RootAccess::read_write;
+  if (*root->overlay) spec.overlay = RootOverlay::guest_memory;
   if (!plan_.plan.init.empty()) spec.init = plan_.plan.init;
   return std::optional(TRY(Initrd::prepare(spec).context("generated initrd")));
 }
@@ -222,6 +236,13 @@ Result<std::vector<std::string>> Machine::guest_modules(const KernelImage& kerne
   add(root.guest_modules, LogLevel::info, "the root file system");
   for (const CheckedDevice& device : plan_.devices)
     add(device.type.descriptor.guest_modules, LogLevel::info, device.instance);
+
+  if (*root.overlay) {
+    const std::string module = "overlay";
+    if (auto there = resolve_modules(*directory, kernel.version, {&module, 1}); !there.ok())
+      return std::move(there).error().context("the overlay over the root file system");
+    wanted.push_back({module, LogLevel::warning, "the overlay over the root file system"});
+  }
 
   std::vector<std::string> modules;
   for (const Wanted& one : wanted) modules.push_back(one.name);
@@ -261,6 +282,10 @@ Result<GuestAddress> Machine::write_acpi_tables() {
 }
 
 Result<void> Machine::start(Timing& timing) {
+  reclaim_ = TRY(Reclaim::create(plan_, around_.main_loop, *memory_, [&](std::string_view id) {
+    const auto found = published_.find(id);
+    return found == published_.end() ? nullptr : found->second.table;
+  }));
   for (const Instance& instance : instances_)
     if (instance.ops.start)
       TRY(call_plugin(instance, "while it was started",
@@ -277,18 +302,45 @@ Timing::Clock::time_point Machine::first_instruction() const {
   return entry_ns ? Timing::Clock::time_point(std::chrono::nanoseconds(entry_ns)) : Timing::Clock::now();
 }
 
-Result<void> Machine::press_power_button() {
-  if (!power_button_.pressed) return Error{"this machine has no power button", 0, CLONE_ERR_UNSUPPORTED};
-  // A guest that does not listen yet finds the press when it does (CLONE_EMPTY).
-  if (power_button_.pressed(power_button_.context) < 0)
-    return Error{power_button_.owner + ": the power button cannot be pressed", 0, CLONE_ERR_STATE};
+Result<void> Machine::ask_to_power_off() {
+  bool asked = false;
+  if (const auto* guest = find_published<clone_guest>(CLONE_GUEST))
+    asked = guest->request(guest->context, CLONE_GUEST_POWER_OFF, nullptr) == CLONE_OK;
+  if (power_button_.pressed) {
+    // A guest that does not listen yet finds the press when it does (CLONE_EMPTY).
+    if (power_button_.pressed(power_button_.context) < 0)
+      return Error{power_button_.owner + ": the power button cannot be pressed", 0, CLONE_ERR_STATE};
+    asked = true;
+  }
+  if (!asked) return Error{"this machine has no power button", 0, CLONE_ERR_UNSUPPORTED};
   return {};
+}
+
+bool Machine::read_balloon(clone_balloon_state& state) const {
+  const auto* balloon = find_published<clone_balloon>(CLONE_BALLOON);
+  state.size = sizeof state;
+  if (balloon) balloon->state(balloon->context, &state);
+  return balloon != nullptr;
+}
+
+bool Machine::read_guest(clone_guest_report& report) const {
+  const auto* guest = find_published<clone_guest>(CLONE_GUEST);
+  report.size = sizeof report;
+  if (guest) guest->report(guest->context, &report);
+  return guest != nullptr;
+}
+
+bool Machine::pause() { return vcpus_->pause_all(); }
+
+void Machine::resume() {
+  for (size_t i = 0; i < vcpus_->count(); ++i) vcpus_->vcpu(i).tell_paused();
+  vcpus_->resume_all();
 }
 
 void Machine::end(Ending ending, std::string detail) {
   const std::lock_guard lock(end_mutex_);
   if (std::exchange(ended_already_, true)) return;
-  main_loop_.post([this, alive = alive_, ending, detail = std::move(detail)] {
+  around_.main_loop.post([this, alive = alive_, ending, detail = std::move(detail)] {
     if (*alive) ended_(ending, detail);
   });
 }
@@ -301,7 +353,8 @@ void Machine::destroy_instances() {
       const CrashReport crash(instance.host.name(), "while it was destroyed");
       instance.ops.destroy(instance.device);
     }
-    console_.detach(instance.host.name());
+    around_.console.detach(instance.host.name());
+    if (around_.control) around_.control->remove_all_of(instance.host.name());
     instances_.pop_back();
   }
 }

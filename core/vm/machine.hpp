@@ -16,9 +16,12 @@
 #include "boot/kernel.hpp"
 #include "bus/bus.hpp"
 #include "bus/resources.hpp"
+#include "clone/abi/balloon.h"
 #include "clone/abi/boot_root.h"
+#include "clone/abi/guest.h"
 #include "clone/abi/machine.h"
 #include "console/console_hub.hpp"
+#include "control/control_server.hpp"
 #include "irq/gsi_routing.hpp"
 #include "kvm/kvm.hpp"
 #include "kvm/vcpus.hpp"
@@ -27,6 +30,7 @@
 #include "plan/plan.hpp"
 #include "plugin/host_context.hpp"
 #include "util/result.hpp"
+#include "vm/reclaim.hpp"
 #include "vm/timing.hpp"
 
 namespace vmm {
@@ -52,8 +56,16 @@ class Machine {
   // Called once, on the main loop, when the guest has come to an end by itself; `detail` may say more.
   using Ended = std::function<void(Ending, const std::string& detail)>;
 
-  static Result<std::unique_ptr<Machine>> create(const CheckedPlan& plan, EventLoop& main_loop, ConsoleHub& console,
-                                                 Timing& timing, Ended ended);
+  // What outlives the machine.
+  struct Surroundings {
+    EventLoop& main_loop;
+    ConsoleHub& console;
+    ControlServer* control = nullptr;
+    const InstanceDirectory* directory = nullptr;  // with `control`
+  };
+
+  static Result<std::unique_ptr<Machine>> create(const CheckedPlan& plan, const Surroundings& around, Timing& timing,
+                                                 Ended ended);
   Machine(const Machine&) = delete;
   Machine& operator=(const Machine&) = delete;
   // Stops the vCPUs and destroys transport and devices.
@@ -63,8 +75,15 @@ class Machine {
   Result<void> start(Timing& timing);
   // When the first vCPU entered the guest; waits for it.
   Timing::Clock::time_point first_instruction() const;
-  // Tells the guest that somebody pressed the power button. An error when there is none.
-  Result<void> press_power_button();
+  // By the power button, and by the program in the guest that listens to us. An error when there is neither.
+  Result<void> ask_to_power_off();
+  // The vCPUs stand still; devices go on with what they were told. False when the guest has come to its end.
+  bool pause();
+  void resume();
+
+  // What devices publish of the guest. False when none does.
+  bool read_balloon(clone_balloon_state& state) const;
+  bool read_guest(clone_guest_report& report) const;
 
   // [any] A device's request (CLONE_MACHINE_…), or a vCPU's end. The first one counts.
   void end(Ending ending, std::string detail = {});
@@ -92,6 +111,12 @@ class Machine {
   };
   PowerButton& power_button() { return power_button_; }
 
+  // A table that a device has published, or null.
+  template <typename Table>
+  const Table* find_published(const char* id) const {
+    const auto found = published_.find(id);
+    return found == published_.end() ? nullptr : static_cast<const Table*>(found->second.table);
+  }
   struct Published {
     std::string owner;
     const void* table = nullptr;
@@ -99,8 +124,8 @@ class Machine {
   std::map<std::string, Published, std::less<>>& published() { return published_; }
 
  private:
-  Machine(const CheckedPlan& plan, EventLoop& main_loop, ConsoleHub& console, Ended ended)
-      : plan_(plan), main_loop_(main_loop), console_(console), ended_(std::move(ended)) {}
+  Machine(const CheckedPlan& plan, const Surroundings& around, Ended ended)
+      : plan_(plan), around_(around), ended_(std::move(ended)) {}
 
   Result<void> build(Timing& timing);
   Result<void> make_devices();
@@ -108,14 +133,18 @@ class Machine {
   Result<void> load_kernel(const KernelFile& kernel);
   Result<void> prepare_boot(const KernelImage& image, Timing& timing);
   Result<std::optional<Initrd>> generate_initrd(const KernelImage& kernel);
+  struct Root {
+    clone_boot_root_info info;
+    std::string owner;
+  };
+  Result<std::optional<Root>> find_root();
   Result<std::vector<std::string>> guest_modules(const KernelImage& kernel, const clone_boot_root_info& root);
   std::string command_line();
   Result<GuestAddress> write_acpi_tables();
   void destroy_instances();
 
   const CheckedPlan& plan_;
-  EventLoop& main_loop_;
-  ConsoleHub& console_;
+  const Surroundings around_;
   Ended ended_;
   std::mutex end_mutex_;
   bool ended_already_ = false;
@@ -133,6 +162,7 @@ class Machine {
   PowerButton power_button_;
   std::map<std::string, Published, std::less<>> published_;
   std::list<Instance> instances_;  // the transport last
+  std::unique_ptr<Reclaim> reclaim_;
   std::unique_ptr<Vcpus> vcpus_;
 };
 

@@ -9,6 +9,7 @@
 #include "clone/abi/memory.h"
 #include "clone/sdk/error.hpp"
 #include "console/console_hub.hpp"
+#include "control/control_server.hpp"
 #include "loop/loop_service.hpp"
 #include "plugin/host_context.hpp"
 #include "util/log.hpp"
@@ -322,6 +323,8 @@ const void* find_service(const clone_host* host, const char* raw_id) noexcept {
   if (id == CLONE_VIRTQUEUE) return context.memory ? virtqueue_service() : nullptr;
   if (id == CLONE_HOST_LOOP) return context.main_loop ? loop_service() : nullptr;
   if (id == CLONE_HOST_CONSOLE) return context.console ? console_service() : nullptr;
+  if (id == CLONE_HOST_CONTROL) return context.control ? control_service() : nullptr;
+  if (id == CLONE_HOST_INSTANCES) return context.control ? instances_service() : nullptr;
   if (!context.machine) return nullptr;
   if (id == CLONE_HOST_BUS) return &kBus;
   if (id == CLONE_HOST_IRQ) return &kIrq;

@@ -4,13 +4,23 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 
+#include <algorithm>
+#include <boost/json.hpp>
+#include <optional>
+#include <utility>
+
 #include "console/console_hub.hpp"
+#include "control/control_server.hpp"
+#include "control/instances.hpp"
 #include "loop/event_loop.hpp"
 #include "plugin/crash_report.hpp"
 #include "util/fd.hpp"
+#include "util/local_socket.hpp"
 #include "util/log.hpp"
+#include "util/utf8.hpp"
 #include "vm/machine.hpp"
 
 namespace vmm {
@@ -49,55 +59,248 @@ void use_small_stacks() {
   ::pthread_attr_destroy(&attributes);
 }
 
+// ~0 stands for what is not known.
+template <typename Number>
+boost::json::value known(Number value) {
+  if (value == static_cast<Number>(~Number{0})) return nullptr;
+  return value;
+}
+
+// The machine, those who talk to it, and the reasons to end it. The parts stand in the order of their making.
+class Run {
+ public:
+  Run(const CheckedPlan& plan, EventLoop& loop) : plan_(plan), loop_(loop) {}
+
+  Result<Ending> run(Timing& timing, TimingReport report);
+
+ private:
+  Result<void> offer_control();
+  Result<void> add_methods();
+  void end(Ending how, const std::string& detail);
+  void on_signal();
+  void ask_to_stop(std::chrono::milliseconds grace);
+  bool pause();
+  void resume();
+  boost::json::object info() const;
+  const char* state() const { return ending_ ? "ended" : requests_ > 0 ? "stopping" : paused_ ? "paused" : "running"; }
+
+  const CheckedPlan& plan_;
+  EventLoop& loop_;
+  Signals signals_;
+  std::optional<InstanceDirectory> directory_;
+  std::optional<ControlServer> control_;
+  ConsoleHub console_{loop_, {STDIN_FILENO, STDOUT_FILENO, [this] { end(Ending::stopped, ""); }}};
+  // Made after the console, and so gone before it: its devices write there to the last.
+  std::unique_ptr<Machine> machine_;
+  std::optional<Ending> ending_;
+  unsigned requests_ = 0;  // to stop
+  EventLoop::TimerId grace_timer_ = 0;
+  std::chrono::steady_clock::time_point grace_ends_{};
+  bool paused_ = false;
+};
+
+Result<void> Run::offer_control() {
+  if (!plan_.plan.control) return {};
+  directory_.emplace(TRY(InstanceDirectory::create(plan_.plan.name, plan_.plan.vcpus, plan_.plan.memory.size_bytes)));
+  const std::string& path = directory_->record().directory;
+  control_.emplace(loop_, TRY(listen_in(directory_->fd(), "control.sock").context(path)));
+  TRY(add_methods());
+  TRY(control_->start());
+  return console_.watchers().listen(TRY(listen_in(directory_->fd(), "console.sock").context(path)));
+}
+
+Result<void> Run::add_methods() {
+  namespace json = boost::json;
+  using Reply = ControlServer::Reply;
+  auto add = [this](const char* name, const char* help, ControlServer::Call call) {
+    return control_->add_method("", name, help, std::move(call));
+  };
+  TRY(add("vm.info", "What this VM is and does.", [this](const json::object&, Reply reply) { reply.succeed(info()); }));
+  TRY(add("vm.pause", "Stops the virtual processors until vm.resume.", [this](const json::object&, Reply reply) {
+    if (!pause()) return reply.fail("the machine is coming to its end");
+    reply.succeed(info());
+  }));
+  TRY(add("vm.resume", "Lets the virtual processors go on.", [this](const json::object&, Reply reply) {
+    resume();
+    reply.succeed(info());
+  }));
+  TRY(add(
+      "vm.stop",
+      "Asks the guest to power off; after \"grace_ms\" (--grace) it is stopped. {\"force\": true} stops it at once.",
+      [this](const json::object& given, Reply reply) {
+        const json::value* force = given.if_contains("force");
+        const json::value* grace = given.if_contains("grace_ms");
+        if ((force && !force->is_bool()) ||
+            (grace && (!grace->is_int64() || grace->get_int64() < 0 || grace->get_int64() > 3'600'000)))
+          return reply.fail("vm.stop: allowed are {\"force\": true|false, \"grace_ms\": 0 to 3600000}");
+        reply.succeed(json::object{});
+        if (force && force->get_bool()) return end(Ending::stopped, "");
+        ask_to_stop(std::chrono::milliseconds(grace ? grace->get_int64() : static_cast<int64_t>(plan_.plan.grace_ms)));
+      }));
+  TRY(add("vm.balloon", "What the balloon holds and the guest's driver tells.",
+          [this](const json::object&, Reply reply) {
+            clone_balloon_state state{};
+            if (!machine_ || !machine_->read_balloon(state)) return reply.fail("this machine has no balloon");
+            reply.succeed(json::object{{"ready", state.ready != 0},
+                                       {"target_bytes", known(state.target_bytes)},
+                                       {"balloon_bytes", known(state.balloon_bytes)},
+                                       {"reported_bytes", known(state.reported_bytes)},
+                                       {"guest_free_bytes", known(state.guest_free_bytes)},
+                                       {"guest_available_bytes", known(state.guest_available_bytes)},
+                                       {"guest_total_bytes", known(state.guest_total_bytes)}});
+          }));
+  TRY(add("vm.guest", "What the agent in the guest tells.", [this](const json::object&, Reply reply) {
+    clone_guest_report report{};
+    if (!machine_ || !machine_->read_guest(report)) return reply.fail("this machine has nobody who asks its guest");
+    static constexpr const char* activities[] = {"unknown", "idle", "active"};
+    reply.succeed(json::object{{"connected", report.connected != 0},
+                               {"activity", activities[report.activity < 3 ? report.activity : 0]},
+                               {"age_ms", known(report.age_ms)},
+                               {"process_count", known(report.process_count)},
+                               {"load_permille", known(report.load_permille)},
+                               {"pressure_some_permille", known(report.pressure_some_permille)},
+                               {"pressure_full_permille", known(report.pressure_full_permille)},
+                               {"total_bytes", known(report.total_bytes)},
+                               {"free_bytes", known(report.free_bytes)},
+                               {"available_bytes", known(report.available_bytes)}});
+  }));
+  TRY(add("console.read", "The last of what the console printed: {\"text\"}.",
+          [this](const json::object&, Reply reply) {
+            reply.succeed(json::object{{"text", valid_utf8(console_.watchers().history())}});
+          }));
+  TRY(add("console.clients", "Who is attached to console.sock, and which of them types.",
+          [this](const json::object&, Reply reply) {
+            json::array clients;
+            for (const auto& client : console_.watchers().list())
+              clients.push_back({{"pid", client.pid}, {"types", client.types}});
+            reply.succeed(std::move(clients));
+          }));
+  TRY(add("log.read", "The VMM's own last messages: {\"lines\"}.", [](const json::object&, Reply reply) {
+    json::array lines;
+    for (const std::string& line : log_history()) lines.emplace_back(valid_utf8(line));
+    reply.succeed(json::object{{"lines", std::move(lines)}});
+  }));
+  const Timing::Clock::time_point started = Timing::Clock::now();
+  control_->add_metric("", {"uptime_seconds", "Since the VM was made.", CLONE_METRIC_GAUGE, "", [started] {
+                              return std::chrono::duration<double>(Timing::Clock::now() - started).count();
+                            }});
+  control_->add_metric("", {"vcpus", "Virtual processors.", CLONE_METRIC_GAUGE, "",
+                            [this] { return static_cast<double>(plan_.plan.vcpus); }});
+  control_->add_metric("", {"memory_bytes", "The guest's memory.", CLONE_METRIC_GAUGE, "",
+                            [this] { return static_cast<double>(plan_.plan.memory.size_bytes); }});
+  control_->add_metric("",
+                       {"paused", "1 while paused.", CLONE_METRIC_GAUGE, "", [this] { return paused_ ? 1.0 : 0.0; }});
+  return {};
+}
+
+boost::json::object Run::info() const {
+  const InstanceRecord& record = directory_->record();
+  boost::json::array devices;
+  for (const CheckedDevice& device : plan_.devices) devices.emplace_back(device.instance);
+  return {{"id", record.id},
+          {"name", record.name},
+          {"pid", record.pid},
+          {"state", state()},
+          {"vcpus", record.vcpus},
+          {"memory_bytes", record.memory_bytes},
+          {"started_ms", record.started_ms},
+          {"kernel", valid_utf8(plan_.plan.kernel)},
+          {"devices", std::move(devices)},
+          {"version", CLONE_VERSION}};
+}
+
+void Run::end(Ending how, const std::string& detail) {
+  if (ending_) return;
+  ending_ = how;
+  if (!detail.empty()) log_error(detail);
+  loop_.stop();
+}
+
+bool Run::pause() {
+  if (paused_) return true;
+  if (ending_ || !machine_->pause()) return false;
+  paused_ = true;
+  if (control_) control_->notify("vm.paused", {});
+  return true;
+}
+
+void Run::resume() {
+  if (!std::exchange(paused_, false)) return;
+  machine_->resume();
+  if (control_) control_->notify("vm.resumed", {});
+}
+
+void Run::on_signal() {
+  while (signals_.take())
+    if (requests_ > 0)
+      return end(Ending::stopped, "");
+    else
+      ask_to_stop(std::chrono::milliseconds(plan_.plan.grace_ms));
+}
+
+// The guest is asked once; who asks again may shorten its time.
+void Run::ask_to_stop(std::chrono::milliseconds grace) {
+  const auto until = std::chrono::steady_clock::now() + grace;
+  if (++requests_ == 1 || until < grace_ends_) {
+    loop_.cancel_timer(grace_timer_);
+    grace_ends_ = until;
+    grace_timer_ =
+        loop_.add_timer(grace, [this] { end(Ending::stopped, "the guest did not power off in time; stopping it"); });
+  }
+  if (requests_ > 1) return;
+  resume();  // a machine that stands still cannot power off
+  if (auto asked = machine_->ask_to_power_off(); !asked.ok()) {
+    log_warning(asked.error().message + "; stopping it");
+    return end(Ending::stopped, "");
+  }
+}
+
+Result<Ending> Run::run(Timing& first_timing, TimingReport report) {
+  TRY(offer_control());
+  TRY(loop_.add_fd(signals_.fd(), CLONE_READABLE, [this](uint32_t) { on_signal(); }));
+  for (bool first = true;; first = false) {
+    Timing again;
+    Timing& timing = first ? first_timing : again;
+    ending_.reset();
+    paused_ = false;
+    const Machine::Surroundings around{loop_, console_, control_ ? &*control_ : nullptr,
+                                       directory_ ? &*directory_ : nullptr};
+    machine_ = TRY(
+        Machine::create(plan_, around, timing, [this](Ending how, const std::string& detail) { end(how, detail); }));
+    if (first) TRY(console_.start());
+    TRY(machine_->start(timing));
+    if (report == TimingReport::print && first) {
+      timing.mark_at("first instruction", machine_->first_instruction());
+      std::fputs(timing.report().c_str(), stderr);
+    }
+    loop_.run();
+    // Asked to power off, a guest that reboots instead does not get another run.
+    const bool over = *ending_ != Ending::reset || plan_.plan.on_reboot == OnReboot::exit || requests_ > 0;
+    if (control_) control_->notify(over ? "vm.ended" : "vm.reset", {});
+    machine_.reset();
+    console_.flush();
+    if (over) return *ending_;
+  }
+}
+
+// Streams into the guest take a descriptor each; the usual soft limit of 1024 is for programs that use select(2).
+void raise_descriptor_limit() {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = std::min<rlim_t>(limit.rlim_max, 65536);
+  ::setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 }  // namespace
 
 Result<Ending> Session::run() {
+  raise_descriptor_limit();
   use_small_stacks();
   install_crash_handler();
   ::signal(SIGPIPE, SIG_IGN);
-  Signals signals;
+  ::signal(SIGXFSZ, SIG_IGN);  // a file size limit (ulimit -f) is an I/O error of one disk
   const auto loop = TRY(EventLoop::create());
-
-  std::optional<Ending> ending;
-  auto end = [&](Ending how, const std::string& detail) {
-    if (ending) return;
-    ending = how;
-    if (!detail.empty()) log_error(detail);
-    loop->stop();
-  };
-
-  ConsoleHub console(*loop, {STDIN_FILENO, STDOUT_FILENO, [&] { end(Ending::stopped, ""); }});
-  // Made after the console, and so gone before it: its devices write there to the last.
-  std::unique_ptr<Machine> machine;
-  unsigned requests = 0;
-  TRY(loop->add_fd(signals.fd(), CLONE_READABLE, [&](uint32_t) {
-    while (signals.take()) ++requests;
-    if (requests > 1) return end(Ending::stopped, "");
-    if (auto pressed = machine->press_power_button(); !pressed.ok()) {
-      log_warning(pressed.error().message + "; stopping it");
-      return end(Ending::stopped, "");
-    }
-    const auto grace = std::chrono::milliseconds(plan_.plan.grace_ms);
-    loop->add_timer(grace, [&] { end(Ending::stopped, "the guest did not power off in time; stopping it"); });
-  }));
-
-  for (bool first = true;; first = false) {
-    Timing again;
-    Timing& timing = first ? timing_ : again;
-    ending.reset();
-    machine = TRY(Machine::create(plan_, *loop, console, timing, end));
-    if (first) TRY(console.start());
-    TRY(machine->start(timing));
-    if (report_ == TimingReport::print && first) {
-      timing.mark_at("first instruction", machine->first_instruction());
-      std::fputs(timing.report().c_str(), stderr);
-    }
-    loop->run();
-    machine.reset();
-    console.flush();
-    // Asked to power off, a guest that reboots instead does not get another run.
-    if (*ending != Ending::reset || plan_.plan.on_reboot == OnReboot::exit || requests > 0) return *ending;
-  }
+  return Run(plan_, *loop).run(timing_, report_);
 }
 
 }  // namespace vmm
