@@ -46,7 +46,17 @@ Parsed parse(CLI::App& app, const std::vector<std::string>& arguments);
 // `arguments` are those behind the command's name.
 using Arguments = std::vector<std::string>;
 ExitCode run_command(const Arguments& arguments);
+ExitCode list_command(const Arguments& arguments);
+ExitCode status_command(const Arguments& arguments);
+ExitCode attach_command(const Arguments& arguments);
+ExitCode logs_command(const Arguments& arguments);
+ExitCode stop_command(const Arguments& arguments);
+ExitCode pause_command(const Arguments& arguments);
+ExitCode resume_command(const Arguments& arguments);
+ExitCode metrics_command(const Arguments& arguments);
 ExitCode plugin_command(const Arguments& arguments);
 ExitCode doctor_command(const Arguments& arguments);
+ExitCode exec_command(const Arguments& arguments);
+ExitCode copy_command(const Arguments& arguments);
 
 }  // namespace vmm

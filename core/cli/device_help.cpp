@@ -32,11 +32,16 @@ std::optional<Result<std::string>> device_help(PluginLibrary& library, const std
   const bool asked = std::any_of(named->options.begin(), named->options.end(),
                                  [](const auto& option) { return option.first == "help"; });
   if (!asked) return std::nullopt;
-  auto render = [](const DeviceType& type) {
+  auto render = [](const auto& type) {
     return std::string(type.descriptor.name) + ": " + type.descriptor.help + "\n" + option_table(type.descriptor);
   };
   if (kind == "transport") {
     auto type = library.transport(named->name);
+    if (!type.ok()) return Result<std::string>(std::move(type).error());
+    return Result<std::string>(render(*type));
+  }
+  if (kind == "balloon-policy") {
+    auto type = library.balloon_policy(named->name);
     if (!type.ok()) return Result<std::string>(std::move(type).error());
     return Result<std::string>(render(*type));
   }

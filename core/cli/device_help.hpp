@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Option tables of devices and transports as text.
+// Option tables of devices, transports and balloon policies as text.
 #pragma once
 
 #include <optional>
@@ -12,7 +12,7 @@ namespace vmm {
 // The options of a descriptor, a line each: name, type, default, help.
 std::string option_table(const clone_descriptor& descriptor);
 
-// For `--device NAME,help` and `--transport NAME,help`; nothing when no help was asked for.
+// For `--device NAME,help` and `--transport NAME,help` and the like; nothing when no help was asked for.
 std::optional<Result<std::string>> device_help(PluginLibrary& library, const std::string& kind,
                                                const std::string& value);
 

@@ -16,6 +16,7 @@
 
 #include "cli/command.hpp"
 #include "cli/doctor_kvm.hpp"
+#include "memory/ksm.hpp"
 #include "plugin/options.hpp"
 #include "util/fd.hpp"
 
@@ -74,16 +75,23 @@ Finding ksm() {
   if (run != "1")
     return {Verdict::note, "KSM", "there, not running",
             "echo 1 > /sys/kernel/mm/ksm/run merges identical pages of VMs"};
-  return {Verdict::good, "KSM", "running, " + first_line("/sys/kernel/mm/ksm/pages_sharing") + " pages merged", ""};
+  const KsmState state = read_ksm();
+  return {Verdict::good, "KSM",
+          "running, " + first_line("/sys/kernel/mm/ksm/pages_sharing") + " pages merged: saves " +
+              std::to_string(state.saved_bytes) + " bytes",
+          ""};
 }
 
 Finding memory() {
   const std::string available = value_of("/proc/meminfo", "MemAvailable");
   const std::string policy = first_line("/proc/sys/vm/overcommit_memory");
   if (policy == "2")
-    return {Verdict::missing, "memory", available + " available, overcommit forbidden",
+    return {Verdict::missing, "memory", available + " available, overcommit forbidden (vm.overcommit_memory=2)",
             "sysctl vm.overcommit_memory=0, or VMs need their whole memory at once"};
-  return {Verdict::good, "memory", available + " available, overcommit allowed", ""};
+  return {Verdict::good, "memory",
+          available + " available, overcommit " + (policy == "1" ? "without limit" : "allowed") +
+              " (vm.overcommit_memory=" + policy + ")",
+          ""};
 }
 
 Finding limit(int resource, const char* what, rlim_t wanted, const char* advice) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cli/command.hpp"
+#include "cli/external.hpp"
 #include "clone/abi/base.h"
 #include "plugin/crash_report.hpp"
 #include "util/log.hpp"
@@ -23,6 +24,16 @@ struct Command {
 
 constexpr Command kCommands[] = {
     {"run", "Boot a virtual machine.", run_command},
+    {"list", "List the VMs that run.", list_command},
+    {"status", "Tell what each VM and this host use of memory.", status_command},
+    {"attach", "Enter a VM's serial console.", attach_command},
+    {"logs", "Print what a VM's console printed.", logs_command},
+    {"stop", "Power a VM off.", stop_command},
+    {"pause", "Let a VM stand still.", pause_command},
+    {"resume", "Let a paused VM go on.", resume_command},
+    {"metrics", "Print a VM's metrics as Prometheus text.", metrics_command},
+    {"exec", "Run a command in a virtual machine.", exec_command},
+    {"cp", "Copy files into a virtual machine or out of it.", copy_command},
     {"plugin", "List, inspect and check plugins.", plugin_command},
     {"doctor", "Tell what this machine can do for virtual machines.", doctor_command},
 };
@@ -30,6 +41,8 @@ constexpr Command kCommands[] = {
 void print_help() {
   std::puts("clone - a modular virtual machine monitor\n\nUsage: clone COMMAND [OPTION…]\n\nCommands:");
   for (const Command& command : kCommands) std::printf("  %-10s %s\n", command.name, command.help);
+  for (const ExternalCommand& command : external_commands())
+    std::printf("  %-10s %s\n", command.name.c_str(), command.summary.c_str());
   std::puts(
       "\nclone COMMAND --help tells more. To boot Debian's kernel with a disk image:\n\n"
       "  clone run --kernel /boot/vmlinuz-$(uname -r) --rootfs disk.img\n");
@@ -53,6 +66,10 @@ ExitCode dispatch(const Arguments& arguments) {
   for (const Command& command : kCommands) {
     if (name == command.name) return command.run({arguments.begin() + 1, arguments.end()});
     known += (known.empty() ? "" : ", ") + std::string(command.name);
+  }
+  for (const ExternalCommand& command : external_commands()) {
+    if (name == command.name) return fail(become(command, {arguments.begin() + 1, arguments.end()}));
+    known += ", " + command.name;
   }
   return fail(Error{"unknown command '" + name + "'; there are: " + known}, ExitCode::usage);
 }

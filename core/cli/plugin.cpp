@@ -27,6 +27,7 @@ json::object to_json(const PluginFile& file) {
         json::object{{"kind", provided.kind}, {"name", provided.name}, {"default", provided.by_default}});
   json::array flags;
   for (const ShortFlag& flag : manifest.flags) flags.push_back(json::string(flag.flag));
+  for (const FlagOption& flag : manifest.flag_options) flags.push_back(json::string(flag.flag));
   return {{"id", manifest.id},           {"version", manifest.version},         {"vendor", manifest.vendor},
           {"licence", manifest.licence}, {"description", manifest.description}, {"abi", abi_of(manifest)},
           {"path", file.path},           {"provides", std::move(provides)},     {"flags", std::move(flags)}};
@@ -86,6 +87,8 @@ ExitCode inspect(const Catalogue& catalogue, const std::string& name) {
               manifest.least_host_minor);
   for (const ShortFlag& flag : manifest.flags)
     std::printf("  flag       %s %s: %s\n", flag.flag.c_str(), flag.value_name.c_str(), flag.help.c_str());
+  for (const FlagOption& flag : manifest.flag_options)
+    std::printf("  flag       %s %s: %s\n", flag.flag.c_str(), flag.value_name.c_str(), flag.help.c_str());
 
   PluginLibrary library(catalogue);
   for (const Provided& provided : manifest.provides) {
@@ -105,6 +108,13 @@ ExitCode inspect(const Catalogue& catalogue, const std::string& name) {
       auto type = library.transport(provided.name);
       if (!type.ok()) return fail(type.error());
       show(*type);
+    } else if (provided.kind == "balloon-policy") {
+      auto type = library.balloon_policy(provided.name);
+      if (!type.ok()) return fail(type.error());
+      std::printf("\n%s %s%s: %s\n  abilities: %s\n", provided.kind.c_str(), provided.name.c_str(),
+                  provided.by_default ? " (default)" : "", type->descriptor.help,
+                  capabilities_of(type->descriptor.capabilities).c_str());
+      std::fputs(option_table(type->descriptor).c_str(), stdout);
     } else {
       std::printf("\n%s %s\n", provided.kind.c_str(), provided.name.c_str());
     }

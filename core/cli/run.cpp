@@ -96,7 +96,8 @@ ExitCode run_command(const Arguments& arguments) {
 
   PluginLibrary library(*catalogue);
   for (const GivenSetting& given : options.settings)
-    if (given.setting->name == "device" || given.setting->name == "transport")
+    if (given.setting->name == "device" || given.setting->name == "transport" ||
+        given.setting->name == "balloon-policy")
       if (auto help = device_help(library, given.setting->name, given.value)) {
         if (!help->ok()) return fail(help->error(), ExitCode::usage);
         std::fputs(help->value().c_str(), stdout);
