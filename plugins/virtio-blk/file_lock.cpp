@@ -57,4 +57,10 @@ clone_sdk::Result<void> lock_image(int fd, bool read_only, const clone_sdk::Host
   return {};
 }
 
+bool is_locked(int fd) {
+  struct flock lock = byte_lock(F_WRLCK, 0);
+  lock.l_len = 0;  // to the end
+  return ::fcntl(fd, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
+}
+
 }  // namespace virtio_blk

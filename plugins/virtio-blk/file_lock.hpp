@@ -10,4 +10,7 @@ namespace virtio_blk {
 // locks the image is used without one, and that is logged. The message begins with what is the matter, not the path.
 clone_sdk::Result<void> lock_image(int fd, bool read_only, const clone_sdk::Host& host);
 
+// Whether somebody else holds any lock on the file.
+bool is_locked(int fd);
+
 }  // namespace virtio_blk

@@ -41,7 +41,7 @@ const char* ext_version(std::span<const std::byte> head) {
 }  // namespace
 
 // The checksum modules are looked up by the kernel at run time; no module's list of dependencies names them.
-FileSystem probe_file_system(const Image& image) {
+FileSystem probe_file_system(Image& image) {
   std::array<std::byte, 2048> head{};
   if (!image.read(0, head)) return {};
   if (std::memcmp(head.data(), "XFSB", 4) == 0) return {"xfs", "xfs crc32c_generic"};

@@ -12,6 +12,6 @@ struct FileSystem {
 };
 
 // Reads a few bytes at fixed places; what cannot be read is not known.
-FileSystem probe_file_system(const Image& image);
+FileSystem probe_file_system(Image& image);
 
 }  // namespace virtio_blk

@@ -86,6 +86,28 @@ void IoEngine::wake() {
   [[maybe_unused]] const ssize_t written = ::write(wake_fd_.get(), &one, sizeof one);
 }
 
+void IoEngine::post(FileOperation& operation) {
+  // Waking under the lock: once it is free, the operation may be finished and the engine gone.
+  std::lock_guard lock(posted_mutex_);
+  operation.next_ = posted_.load(std::memory_order_relaxed);
+  posted_.store(&operation, std::memory_order_relaxed);
+  wake();
+}
+
+void IoEngine::finish_posted() {
+  if (!posted_.load(std::memory_order_relaxed)) return;
+  FileOperation* operation = nullptr;
+  {
+    std::lock_guard lock(posted_mutex_);
+    operation = posted_.exchange(nullptr, std::memory_order_relaxed);
+  }
+  while (operation) {
+    FileOperation* next = operation->next_;
+    operation->finished(*this, 0);
+    operation = next;
+  }
+}
+
 Result<void> IoEngine::create_wake_fd() {
   wake_fd_ = Fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!wake_fd_) return clone_sdk::errno_error("eventfd");

@@ -5,8 +5,11 @@
 #include <sys/uio.h>
 
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <vector>
 
@@ -20,6 +23,8 @@ using clone_sdk::Fd;
 using clone_sdk::Result;
 
 class IoEngine;
+
+constexpr uint32_t kMostRetries = 16;  // of what a signal interrupted
 
 // A file that an image consists of.
 struct ImageFile {
@@ -41,6 +46,7 @@ class FileOperation {
   std::span<iovec> vectors;  // read, write: size_bytes in all
   uint64_t offset = 0;
   uint64_t size_bytes = 0;
+  uint32_t retries = 0;
 
   // On the engine's thread. `result` is a count of bytes (read, write), 0, or a negative errno value. May begin other
   // operations, this one again too.
@@ -48,6 +54,7 @@ class FileOperation {
   virtual ~FileOperation() = default;
 
  private:
+  friend class IoEngine;
   friend class ThreadEngine;
   friend class ThreadPool;
   FileOperation* next_ = nullptr;
@@ -82,6 +89,8 @@ class QuickPath {
 
 class IoEngine {
  public:
+  static constexpr std::chrono::nanoseconds kForever = std::chrono::nanoseconds::max();
+
   IoEngine(std::span<const ImageFile> files, int kick_fd) : files_(files), kick_fd_(kick_fd) {}
   IoEngine(const IoEngine&) = delete;
   IoEngine& operator=(const IoEngine&) = delete;
@@ -94,10 +103,12 @@ class IoEngine {
     if (!try_at_once(operation)) start(operation);
   }
   // Calls finished() of what is done. With `wait`, and nothing done yet, sleeps until an operation is done, the queue's
-  // kick eventfd or wake() is signalled; it may return for no reason.
-  virtual void poll(bool wait) = 0;
+  // kick eventfd or wake() is signalled, or for `longest_wait`; it may return for no reason.
+  virtual void poll(bool wait, std::chrono::nanoseconds longest_wait = kForever) = 0;
   // Any thread.
   void wake();
+  // Any thread. Calls operation.finished(0) on the thread that polls.
+  void post(FileOperation& operation);
 
   const ImageFile& file(const FileOperation& operation) const { return files_[operation.file]; }
   // The operation by ordinary system calls, here and now.
@@ -106,6 +117,8 @@ class IoEngine {
  protected:
   virtual void start(FileOperation& operation) = 0;
   Result<void> create_wake_fd();
+  // Of every poll(), first and after it waited.
+  void finish_posted();
 
   std::span<const ImageFile> files_;
   int kick_fd_;
@@ -117,6 +130,8 @@ class IoEngine {
   bool try_at_once(FileOperation& operation);
 
   std::array<QuickPath, FileOperation::kKinds> quick_;
+  std::mutex posted_mutex_;                      // for changes of posted_
+  std::atomic<FileOperation*> posted_{nullptr};  // a list
 };
 
 // CLONE_ERR_SYSTEM with ENOSYS, EPERM, … when this kernel, or a system call filter, does not allow io_uring.

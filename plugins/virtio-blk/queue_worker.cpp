@@ -88,18 +88,27 @@ void QueueWorker::run() {
       const bool began = take_requests();
       engine_->poll(false);
       // Whoever was answered may ask again soon: look for more before sleeping.
-      if (tell_driver() || began || (!broken_ && queue_.enable_kick())) continue;
-    } else if (in_flight_ == 0) {
-      // A driver that resets the device waits for no interrupt.
-      if (mode == Mode::stopping) return;
-      tell_driver();
-      std::lock_guard lock(mutex_);
-      parked_ = mode_ == Mode::parked;
-      parked_changed_.notify_all();
+      if (tell_driver() || began) continue;
+      const bool more = !broken_ && queue_.enable_kick();
+      if (more && throttled_for_.count() == 0) continue;
+      if (more)
+        queue_.disable_kick();
+      else
+        take_no_more();
+    } else {
+      take_no_more();
+      if (in_flight_ == 0) {
+        // A driver that resets the device waits for no interrupt.
+        if (mode == Mode::stopping) return;
+        tell_driver();
+        std::lock_guard lock(mutex_);
+        parked_ = mode_ == Mode::parked;
+        parked_changed_.notify_all();
+      }
     }
     // The first poll() may have taken the signal that announced another mode.
     if (mode_.load(std::memory_order_acquire) != mode) continue;
-    engine_->poll(true);
+    engine_->poll(true, throttled_for_.count() ? throttled_for_ : IoEngine::kForever);
     if (mode == Mode::running) tell_driver();
   }
 }
@@ -112,13 +121,14 @@ bool QueueWorker::tell_driver() {
   return true;
 }
 
-// Begins everything that the driver made available; false when there was nothing.
+// Begins everything that the driver made available and the limit allows; false when that was nothing.
 bool QueueWorker::take_requests() {
   bool any = false;
   while (!broken_) {
     Request* request = free_request();
-    if (!request) break;
+    if (!request || !may_take()) break;
     const auto popped = queue_.pop(popped_);
+    if (popped != clone_sdk::Queue::Pop::chain && disk_.limiter) disk_.limiter->give_back();
     if (popped == clone_sdk::Queue::Pop::empty) break;
     if (popped == clone_sdk::Queue::Pop::broken) {
       host_.log(CLONE_LOG_DEBUG, "the driver broke a rule of its queue");
@@ -133,6 +143,19 @@ bool QueueWorker::take_requests() {
     begin(*request);
   }
   return any;
+}
+
+// Requests stay in the ring until the limit allows them, so that a machine paused meanwhile is saved with them.
+bool QueueWorker::may_take() {
+  if (!disk_.limiter) return true;
+  throttled_for_ = disk_.limiter->take(customer_, std::chrono::steady_clock::now());
+  return throttled_for_.count() == 0;
+}
+
+void QueueWorker::take_no_more() {
+  if (throttled_for_.count() == 0) return;
+  throttled_for_ = {};
+  disk_.limiter->leave(customer_);
 }
 
 QueueWorker::Request* QueueWorker::free_request() {
@@ -184,6 +207,7 @@ void QueueWorker::transfer(Request& request, const virtio_blk_outhdr& header, Im
     append(request.vectors_storage, chain.readable(), sizeof header, length);
   else
     append(request.vectors_storage, chain.writable(), 0, length);
+  if (disk_.limiter) disk_.limiter->pay_bytes(customer_, length);
   request.type = type;
   request.start = sector * kSectorBytes;
   request.length = length;
@@ -211,6 +235,8 @@ void QueueWorker::change_range(Request& request, ImageRequest::Type type, uint32
   request.start = sector * kSectorBytes;
   request.length = uint64_t{sectors} * kSectorBytes;
   request.data = {};
+  // Zeroes are written where the host cannot make them otherwise.
+  if (disk_.limiter && !discard) disk_.limiter->pay_bytes(customer_, request.length);
   disk_.image->begin(*engine_, request);
 }
 

@@ -14,18 +14,20 @@
 #include "clone/sdk/thread.hpp"
 #include "clone/sdk/virtio.hpp"
 #include "image.hpp"
+#include "rate_limit.hpp"
 
 namespace virtio_blk {
 
-// What all queues of a disk share; constant while one is served.
+// What all queues of a disk share; constant while one is served, except for its size, which may grow.
 struct Disk {
   std::unique_ptr<Image> image;
   bool read_only = false;
   bool discards = false;
   std::array<char, VIRTIO_BLK_ID_BYTES> serial{};  // padded with NULs
-  uint64_t capacity_sectors = 0;
+  std::atomic<uint64_t> capacity_sectors{0};
   uint32_t max_discard_sectors = 0;
   uint32_t max_write_zeroes_sectors = 0;
+  std::unique_ptr<RateLimiter> limiter;  // none: there is no limit
   mutable std::atomic<uint32_t> error_count{0};
 };
 
@@ -49,6 +51,8 @@ class QueueWorker {
 
   void run();
   bool take_requests();
+  bool may_take();
+  void take_no_more();
   bool tell_driver();
   void begin(Request& request);
   void transfer(Request& request, const virtio_blk_outhdr& header, ImageRequest::Type type);
@@ -57,7 +61,8 @@ class QueueWorker {
   void complete(Request& request, uint8_t status);
   void failed(const Request& request, int error) const;
   bool within_disk(uint64_t sector, uint64_t sectors) const {
-    return sector <= disk_.capacity_sectors && sectors <= disk_.capacity_sectors - sector;
+    const uint64_t capacity = disk_.capacity_sectors.load(std::memory_order_relaxed);
+    return sector <= capacity && sectors <= capacity - sector;
   }
   Request* free_request();
 
@@ -73,6 +78,8 @@ class QueueWorker {
   std::vector<std::unique_ptr<Request>> requests_;  // grows to what was in flight at most
   Request* free_ = nullptr;
   uint32_t in_flight_ = 0;
+  RateLimiter::Customer customer_;
+  std::chrono::nanoseconds throttled_for_{0};  // since take_requests(): how long the limiter lets this queue wait
   bool unsignalled_ = false;
   bool broken_ = false;
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // An engine over ordinary system calls, made by a pool of threads, for hosts without io_uring.
+#include <poll.h>
 #include <sys/epoll.h>
 
 #include <cerrno>
@@ -20,7 +21,7 @@ class ThreadEngine final : public IoEngine {
 
   Result<void> create();
   Result<void> attach() override { return {}; }
-  void poll(bool wait) override;
+  void poll(bool wait, std::chrono::nanoseconds longest_wait) override;
   // Any thread.
   void executed(FileOperation& operation);
 
@@ -100,11 +101,19 @@ Result<void> ThreadEngine::create() {
   return {};
 }
 
-void ThreadEngine::poll(bool wait) {
+void ThreadEngine::poll(bool wait, std::chrono::nanoseconds longest_wait) {
+  finish_posted();
   FileOperation* operation = take_done();
   if (!operation && wait) {
     epoll_event events[2];
-    ::epoll_wait(epoll_.get(), events, 2, -1);
+    if (longest_wait != kForever) {
+      // epoll_wait() counts in milliseconds, and epoll_pwait2() is not allowed everywhere.
+      pollfd any{epoll_.get(), POLLIN, 0};
+      const timespec longest{longest_wait.count() / 1'000'000'000, longest_wait.count() % 1'000'000'000};
+      ::ppoll(&any, 1, &longest, nullptr);
+    }
+    ::epoll_wait(epoll_.get(), events, 2, longest_wait == kForever ? -1 : 0);
+    finish_posted();
     operation = take_done();
   }
   while (operation) {

@@ -73,10 +73,11 @@ class UringEngine final : public IoEngine {
     return {};
   }
 
-  void poll(bool wait) override {
+  void poll(bool wait, std::chrono::nanoseconds longest_wait) override {
+    finish_posted();
     // An interrupted or refused call is made again by the next round.
     if (io_uring_cq_ready(ring_.get()) == 0 && wait)
-      io_uring_submit_and_wait(ring_.get(), 1);
+      submit_and_wait(longest_wait);
     else if (io_uring_sq_ready(ring_.get()) > 0)
       io_uring_submit_and_get_events(ring_.get());
 
@@ -92,9 +93,19 @@ class UringEngine final : public IoEngine {
         watch(tag == kKickTag ? kick_fd_ : wake_fd_.get(), tag);
     }
     io_uring_cq_advance(ring_.get(), seen);
+    finish_posted();
   }
 
  private:
+  void submit_and_wait(std::chrono::nanoseconds longest) {
+    if (longest == kForever) {
+      io_uring_submit_and_wait(ring_.get(), 1);
+      return;
+    }
+    __kernel_timespec timeout{longest.count() / 1'000'000'000, longest.count() % 1'000'000'000};
+    io_uring_cqe* first;
+    io_uring_submit_and_wait_timeout(ring_.get(), &first, 1, &timeout, nullptr);
+  }
   io_uring_sqe* next_entry() {
     io_uring_sqe* entry = io_uring_get_sqe(ring_.get());
     while (!entry) {
