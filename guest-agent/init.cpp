@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // clone-init: process 1 of the initrd that `clone run --rootfs` generates. Loads kernel modules, mounts the root file
 // system and becomes the real init. Reads /clone/init.conf, which core/boot/initrd.cpp writes.
-#include <asm/errno.h>
 #include <linux/fcntl.h>
 #include <linux/magic.h>
 #include <linux/mount.h>
@@ -10,21 +9,10 @@
 
 #include <initializer_list>
 
+#include "errors.hpp"
+#include "files.hpp"
 #include "syscalls.hpp"
-
-using size_t = unsigned long;
-
-// The compiler calls these by itself.
-extern "C" void* memcpy(void* to, const void* from, size_t size_bytes) {
-  void* const start = to;
-  asm volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(size_bytes) : : "memory");
-  return start;
-}
-extern "C" void* memset(void* to, int value, size_t size_bytes) {
-  void* const start = to;
-  asm volatile("rep stosb" : "+D"(to), "+c"(size_bytes) : "a"(value) : "memory");
-  return start;
-}
+#include "text.hpp"
 
 namespace {
 
@@ -33,123 +21,22 @@ constexpr size_t configuration_bytes = 65536;
 constexpr int most_arguments = 256;  // the configuration's and the kernel's together
 constexpr size_t options_bytes = 4096;
 
-constexpr int open_read = O_RDONLY | O_CLOEXEC;
 constexpr const char* new_root = "/root";
+// With an overlay, out of sight once that is there.
+constexpr const char* overlay_base = "/clone/base";
+constexpr const char* overlay_memory = "/clone/memory";
+constexpr int detach = 2;  // MNT_DETACH, umount2(2)
 
 // Static storage is zero from the start and costs no space in the file.
 char configuration[configuration_bytes + 1];
 const char* arguments[most_arguments + 1];
 
-size_t length(const char* text) {
-  size_t count = 0;
-  while (text[count] != 0) ++count;
-  return count;
-}
-
-// What follows `prefix` in `text`, or null.
-const char* after(const char* text, const char* prefix) {
-  for (; *prefix != 0; ++text, ++prefix)
-    if (*text != *prefix) return nullptr;
-  return text;
-}
-
-bool equal(const char* a, const char* b) {
-  const char* rest = after(a, b);
-  return rest && *rest == 0;
-}
-
-// One line of text of bounded length, cut where it would be longer.
-template <size_t capacity>
-class Text {
- public:
-  Text& operator<<(const char* text) {
-    while (*text != 0 && used_ < capacity - 1) text_[used_++] = *text++;
-    text_[used_] = 0;
-    return *this;
-  }
-  Text& operator<<(unsigned long number) {
-    char digits[21] = {};
-    char* first = digits + 20;
-    do *--first = static_cast<char>('0' + number % 10);
-    while ((number /= 10) != 0);
-    return *this << first;
-  }
-  const char* c_str() const { return text_; }
-  size_t size() const { return used_; }
-  bool empty() const { return used_ == 0; }
-
- private:
-  char text_[capacity] = {};
-  size_t used_ = 0;
-};
 using Path = Text<512>;
-using Message = Text<1024>;
 
 void print(const Message& message) {
   Text<1100> line;
   line << "clone-init: " << message.c_str() << "\n";
   sys::write(2, line.c_str(), line.size());
-}
-
-// The failures that a mount, a module or an exec meets. `result` is -errno.
-const char* reason(long result) {
-  switch (-result) {
-    case EPERM:
-      return "Operation not permitted (EPERM)";
-    case ENOENT:
-      return "No such file or directory (ENOENT)";
-    case EIO:
-      return "Input/output error (EIO)";
-    case ENXIO:
-      return "No such device or address (ENXIO)";
-    case E2BIG:
-      return "Argument list too long (E2BIG)";
-    case ENOEXEC:
-      return "Exec format error (ENOEXEC)";
-    case ENOMEM:
-      return "Out of memory (ENOMEM)";
-    case EACCES:
-      return "Permission denied (EACCES)";
-    case ENOTBLK:
-      return "Not a block device (ENOTBLK)";
-    case EBUSY:
-      return "Device or resource busy (EBUSY)";
-    case ENODEV:
-      return "No such device (ENODEV)";
-    case ENOTDIR:
-      return "Not a directory (ENOTDIR)";
-    case EISDIR:
-      return "Is a directory (EISDIR)";
-    case EINVAL:
-      return "Invalid argument (EINVAL)";
-    case EFBIG:
-      return "File too large (EFBIG)";
-    case ENOSPC:
-      return "No space left on device (ENOSPC)";
-    case EROFS:
-      return "Read-only file system (EROFS)";
-    case ELOOP:
-      return "Too many symbolic links (ELOOP)";
-    case ENODATA:
-      return "No data available (ENODATA)";
-    case EBADMSG:
-      return "Bad message (EBADMSG)";
-    case EOPNOTSUPP:
-      return "Operation not supported (EOPNOTSUPP)";
-    case EUCLEAN:
-      return "Structure needs cleaning (EUCLEAN)";
-    case ENOKEY:
-      return "Required key not available (ENOKEY)";
-    case EKEYREJECTED:
-      return "Key was rejected by service (EKEYREJECTED)";
-    default:
-      return nullptr;
-  }
-}
-
-Message& operator<<(Message& message, long result) {
-  if (const char* text = reason(result)) return message << text;
-  return message << "error " << static_cast<unsigned long>(-result);
 }
 
 // Says what went wrong and switches the machine off, with time for the console to show it.
@@ -159,44 +46,6 @@ Message& operator<<(Message& message, long result) {
   sys::sleep_ms(1000);
   sys::reboot(LINUX_REBOOT_MAGIC1, LINUX_REBOOT_MAGIC2, LINUX_REBOOT_CMD_POWER_OFF);
   for (;;) sys::sleep_ms(1000000);
-}
-
-// The whole of a small file, NUL-terminated, without a final newline; -errno, or -EFBIG where it does not fit.
-long read_file(int directory, const char* path, char* buffer, size_t capacity) {
-  const int fd = sys::openat(directory, path, open_read);
-  if (fd < 0) return fd;
-  size_t used = 0;
-  long count = 0;
-  while (used < capacity && (count = sys::read(fd, buffer + used, capacity - used)) > 0)
-    used += static_cast<size_t>(count);
-  sys::close(fd);
-  if (count < 0) return count;
-  if (used == capacity) return -EFBIG;
-  if (used > 0 && buffer[used - 1] == '\n') --used;
-  buffer[used] = 0;
-  return static_cast<long>(used);
-}
-
-// Calls `visit(name)` for each entry of a directory but "." and ".." until it returns true. Returns whether it did.
-template <typename Visit>
-bool any_entry(int directory, Visit visit) {
-  struct Entry {  // struct linux_dirent64, getdents64(2)
-    unsigned long inode;
-    long offset;
-    unsigned short size_bytes;
-    unsigned char type;
-    char name[];
-  };
-  alignas(Entry) char buffer[2048];
-  for (long count; (count = sys::getdents64(directory, buffer, sizeof buffer)) > 0;) {
-    for (long at = 0; at < count;) {
-      const auto* entry = reinterpret_cast<const Entry*>(buffer + at);
-      at += entry->size_bytes;
-      if (equal(entry->name, ".") || equal(entry->name, "..")) continue;
-      if (visit(entry->name)) return true;
-    }
-  }
-  return false;
 }
 
 // The values of a key in the configuration, in order. Lines have become NUL-terminated strings.
@@ -377,16 +226,20 @@ struct MountOptions {
   }
 };
 
-// Mounts `source` with the first type that works. The failures of all go into `failures`.
-bool mount_root(const char* source, const MountOptions& options, Message& failures) {
+// Mounts `source` on `target` with the first type that works. The failures of all go into `failures`.
+bool mount_root(const char* source, const char* target, const MountOptions& options, Message& failures) {
   const auto attempt = [&](const char* type) {
-    const long result = sys::mount(source, new_root, type, options.flags, options.data.c_str());
+    const long result = sys::mount(source, target, type, options.flags, options.data.c_str());
     if (result == 0) return true;
     failures << (failures.empty() ? "" : ", ") << type << ": ";
     if (result == -ENODEV) {
       failures << "the kernel does not know this file system (ENODEV)";
     } else if (result == -EACCES && !(options.flags & MS_RDONLY)) {
       failures << "the device is read-only (EACCES)";
+    } else if (result == -EROFS && (options.flags & MS_RDONLY)) {
+      failures
+          << "it was not cleanly unmounted, and its journal cannot be replayed on a read-only disk (EROFS): run fsck "
+             "on the image, or boot it once read-write";
     } else {
       failures << result;
     }
@@ -418,15 +271,14 @@ bool mount_root(const char* source, const MountOptions& options, Message& failur
   return false;
 }
 
-// Waits for the device or share that `root` names and mounts it on new_root.
-void find_and_mount_root(const char* root) {
-  const MountOptions options;
+// Waits for the device or share that `root` names and mounts it on `target`.
+void find_and_mount_root(const char* root, const char* target, const MountOptions& options) {
   if (const char* tag = after(root, "tag:")) {
     Message failures;
     // The kernel logs each failure, so these pauses grow long.
     const bool mounted = wait_for(1000, [&] {
       failures = Message();
-      return mount_root(tag, options, failures);
+      return mount_root(tag, target, options, failures);
     });
     if (!mounted) fail(Message() << "cannot mount the share " << tag << " as root: " << failures.c_str());
     return;
@@ -447,9 +299,53 @@ void find_and_mount_root(const char* root) {
     fail(message);
   }
   Message failures;
-  if (!mount_root(device.c_str(), options, failures))
+  if (!mount_root(device.c_str(), target, options, failures))
     fail(Message() << "cannot mount " << device.c_str() << (options.flags & MS_RDONLY ? " read-only" : " read-write")
                    << " as root: " << failures.c_str());
+}
+
+// Mounts on new_root what the base holds, with a tmpfs for what is written over it: at most half of the memory. The
+// kernel holds on to both layers by itself, so their own mounts go again.
+void mount_overlay(unsigned long flags) {
+  const auto check = [](const char* what, long result) {
+    if (result < 0) fail(Message() << "overlay over the root file system: " << what << ": " << result);
+  };
+  check(overlay_memory, sys::mkdir(overlay_memory, 0755));
+  check("tmpfs", sys::mount("tmpfs", overlay_memory, "tmpfs", 0, "mode=0755,size=50%"));
+  Path upper, work;
+  upper << overlay_memory << "/upper";
+  work << overlay_memory << "/work";
+  check(upper.c_str(), sys::mkdir(upper.c_str(), 0755));
+  check(work.c_str(), sys::mkdir(work.c_str(), 0755));
+  // The merged root directory has the owner and mode of the upper one.
+  struct stat base {};
+  check(overlay_base, sys::fstatat(AT_FDCWD, overlay_base, &base, 0));
+  check(upper.c_str(), sys::chown(upper.c_str(), base.st_uid, base.st_gid));
+  check(upper.c_str(), sys::chmod(upper.c_str(), base.st_mode & 07777));
+  // Directories of the base can be renamed, its hard links stay links, inodes are all of one device: an ordinary root.
+  Text<options_bytes> options;
+  options << "lowerdir=" << overlay_base << ",upperdir=" << upper.c_str() << ",workdir=" << work.c_str()
+          << ",redirect_dir=on,index=on,xino=on";
+  const long result = sys::mount("overlay", new_root, "overlay", flags, options.c_str());
+  if (result == -ENODEV)
+    fail(Message()
+         << "overlay over the root file system: this kernel has no overlayfs (ENODEV): it needs the module overlay");
+  check("overlay", result);
+  check(overlay_base, sys::umount2(overlay_base, detach));
+  check(overlay_memory, sys::umount2(overlay_memory, detach));
+}
+
+void mount_root_file_system(const char* root) {
+  MountOptions options;
+  const char* overlay = setting("overlay", "none");
+  if (equal(overlay, "none")) return find_and_mount_root(root, new_root, options);
+  if (!equal(overlay, "tmpfs")) fail(Message() << "unknown overlay " << overlay << "; known is tmpfs");
+  const unsigned long flags = options.flags & ~static_cast<unsigned long>(MS_RDONLY);
+  options.flags |= MS_RDONLY;
+  const long result = sys::mkdir(overlay_base, 0755);
+  if (result < 0) fail(Message() << overlay_base << ": " << result);
+  find_and_mount_root(root, overlay_base, options);
+  mount_overlay(flags);
 }
 
 void move_kernel_file_systems() {
@@ -498,6 +394,29 @@ void switch_root() {
   sys::close(old_root);
 }
 
+// Keeps the guest's agent running beside its init, which need not know of it: started again a second after its end. One
+// that the init starts as well waits for the end of this one. The modules it needs are there, as devices ask for them.
+void start_agent() {
+  for (const char* path : {"/usr/sbin/clone-agent", "/usr/bin/clone-agent"}) {
+    if (sys::access(path) < 0) continue;
+    if (sys::fork() != 0) return;
+    sys::call(__NR_setsid);
+    const int nothing = sys::open("/dev/null", O_RDWR);
+    for (int fd = 0; fd < 3 && nothing >= 0; ++fd) sys::dup2(nothing, fd);
+    if (nothing > 2) sys::close(nothing);
+    for (;; sys::sleep_ms(1000)) {
+      const long agent = sys::fork();
+      if (agent == 0) {
+        const char* const words[] = {path, nullptr};
+        const char* const environment[] = {nullptr};
+        sys::execve(path, words, environment);
+        sys::exit(1);
+      }
+      if (agent > 0) sys::call(__NR_wait4, agent, 0, 0, 0);
+    }
+  }
+}
+
 [[noreturn]] void become(const char* init, const char* const* kernel_arguments, const char* const* environment) {
   int count = 0;
   const auto add = [&count](const char* argument) {
@@ -530,8 +449,9 @@ extern "C" [[noreturn]] void clone_init_main(const long* stack) {
   load_modules();
   const char* root = setting("root", "none");
   if (!equal(root, "none")) {
-    find_and_mount_root(root);
+    mount_root_file_system(root);
     switch_root();
+    start_agent();
   }
   become(setting("init", "/sbin/init"), strings + (count > 0 ? 1 : 0), strings + count + 1);
 }
