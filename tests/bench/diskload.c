@@ -21,9 +21,12 @@ struct Pattern {
   int write, random, depth;
   uint64_t block_bytes;
 };
+// On an image that grows as it is written: first reads of what is not there yet, then writes that allocate most of what
+// they touch, last what finds nearly everything allocated.
 static const struct Pattern kPatterns[] = {
-    {"read-1m", 0, 0, 1, 1 << 20},   {"write-1m", 1, 0, 1, 1 << 20},     {"randread-4k", 0, 1, 1, 4096},
+    {"read-4k", 0, 0, 1, 4096},      {"randread-4k", 0, 1, 1, 4096},     {"write-4k", 1, 0, 1, 4096},
     {"randwrite-4k", 1, 1, 1, 4096}, {"randread-4k-16", 0, 1, 16, 4096}, {"randwrite-4k-16", 1, 1, 16, 4096},
+    {"write-1m", 1, 0, 1, 1 << 20},  {"read-1m", 0, 0, 1, 1 << 20},
 };
 
 static void die(const char* what) {

@@ -138,9 +138,9 @@ TEST_CASE("ACPI tables are found and describe the machine") {
   const ScratchDir dir;
   const std::string one = dir.write("one", std::string(4096, '\0'));
   const std::string two = dir.write("two", std::string(4096, '\0'));
-  check_success(run_guest("acpi", {"--mem", "64M"}), ">1 processors, 1 virtio devices\n");
+  check_success(run_guest("acpi", {"--mem", "64M"}), ">1 processors, 3 virtio devices\n");
   check_success(run_guest("acpi", {"--mem", "64M", "--vcpus", "3", "--block", one, "--block", two}),
-                ">3 processors, 3 virtio devices\n");
+                ">3 processors, 5 virtio devices\n");
 }
 
 TEST_CASE("the RTC tells the host's time") {

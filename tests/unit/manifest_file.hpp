@@ -19,8 +19,13 @@ inline clone_manifest good_manifest() {
   manifest.abi_major = CLONE_ABI_MAJOR;
   manifest.abi_minor = CLONE_ABI_MINOR;
   std::strcpy(manifest.id, "tester");
-  std::strcpy(manifest.provides, CLONE_PROVIDES("device", "tester", "default")
-                                     CLONE_PROVIDES_FLAG("--test", "tester", "[KIND]", "kind=%", "Tests."));
+  std::strcpy(
+      manifest.provides,
+      CLONE_PROVIDES("device", "tester", "default")
+          CLONE_PROVIDES_FLAG("--test", "tester", "[KIND]", "kind=%", "Tests.")
+              CLONE_PROVIDES_FLAG("--main", "tester", "FILE", "path=%,main=on", "The main.")
+                  CLONE_PROVIDES_FLAG_OPTION("--spare", "tester", "main=on", "[WHERE]", "spare", "memory", "Spares it.")
+                      CLONE_PROVIDES_FLAG_OPTION("--depth", "tester", "", "N", "depth", "", "How deep."));
   return manifest;
 }
 

@@ -13,8 +13,8 @@
 
 class ScratchDir {
  public:
-  ScratchDir() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "clone-test-XXXXXX").string();
+  explicit ScratchDir(const std::filesystem::path& parent = std::filesystem::temp_directory_path()) {
+    std::string pattern = (parent / "clone-test-XXXXXX").string();
     path_ = ::mkdtemp(pattern.data());
   }
   ScratchDir(const ScratchDir&) = delete;

@@ -98,12 +98,13 @@ TEST_CASE("initrd: every setting reaches the configuration") {
   spec.root = "/dev/vda1";
   spec.filesystem_types.clear();
   spec.root_access = RootAccess::read_only;
+  spec.overlay = RootOverlay::guest_memory;
   spec.options = "noatime,errors=panic";
   spec.init = "/bin/sh";
   spec.init_arguments = {"-c", "echo a = b", ""};
   spec.wait_ms = 5;
   CHECK(configuration(spec) ==
-        "root=/dev/vda1\nmode=ro\noptions=noatime,errors=panic\ninit=/bin/sh\n"
+        "root=/dev/vda1\nmode=ro\noverlay=tmpfs\noptions=noatime,errors=panic\ninit=/bin/sh\n"
         "init-arg=-c\ninit-arg=echo a = b\ninit-arg=\nwait_ms=5\n");
 }
 

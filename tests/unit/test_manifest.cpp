@@ -51,20 +51,49 @@ TEST_CASE("manifest: records of what is provided") {
   REQUIRE(manifest.ok());
   REQUIRE(manifest->provides.size() == 1);
   CHECK(manifest->provides[0].by_default);
-  REQUIRE(manifest->flags.size() == 1);
+  REQUIRE(manifest->flags.size() == 2);
   CHECK(manifest->flags[0].flag == "--test");
   CHECK(manifest->flags[0].device == "tester");
   CHECK(manifest->flags[0].value_is_optional);
   CHECK(manifest->flags[0].expansion == "kind=%");
   CHECK(manifest->flags[0].help == "Tests.");
-  for (const char* bad : {"device\n", "device\ttester\n", "device\tTester\t\n", "device\t\t\n", "flag\t--x\n",
-                          "flag\tx\ttester\tV\tk=%\thelp\n", "flag\t--\ttester\tV\tk=%\thelp\n"}) {
+  CHECK(!manifest->flags[1].value_is_optional);
+  REQUIRE(manifest->flag_options.size() == 2);
+  const FlagOption& spare = manifest->flag_options[0];
+  CHECK(spare.flag == "--spare");
+  CHECK(spare.device == "tester");
+  CHECK(spare.which == KeyValues{{"main", "on"}});
+  CHECK(spare.value_name == "[WHERE]");
+  CHECK(spare.value_is_optional);
+  CHECK(spare.option == "spare");
+  CHECK(spare.left_out == "memory");
+  CHECK(spare.help == "Spares it.");
+  CHECK(manifest->flag_options[1].which.empty());
+  CHECK(!manifest->flag_options[1].value_is_optional);
+  CHECK(manifest->unknown_records.empty());
+  for (const char* bad :
+       {"device\n", "device\ttester\n", "device\tTester\t\n", "device\t\t\n", "flag\t--x\n",
+        "flag\tx\ttester\tV\tk=%\thelp\n", "flag\t--\ttester\tV\tk=%\thelp\n",
+        "flag-option\t--x\ttester\t\tV\tkey\tvalue\n", "flag-option\tx\ttester\t\tV\tkey\tvalue\thelp\n",
+        "flag-option\t--x\ttester\t\tV\t\tvalue\thelp\n", "flag-option\t--x\ttester\t=on\tV\tkey\tvalue\thelp\n"}) {
     CAPTURE(bad);
     clone_manifest broken = good_manifest();
     std::memset(broken.provides, 0, sizeof broken.provides);
     std::strcpy(broken.provides, bad);
     CHECK(error_of(broken).find("cannot be read") != std::string::npos);
   }
+}
+
+TEST_CASE("manifest: records of a newer interface do not stand in a plugin's way") {
+  clone_manifest newer = good_manifest();
+  std::strcat(newer.provides, "wish\nwish-list\tOf\tanything\nhope\x1b\t\t\n");
+  std::strcat(newer.provides, CLONE_PROVIDES("transport", "carrier", "") "device\tmore\t\tof a newer one\n");
+  const auto manifest = parse_manifest(elf_with(&newer, sizeof newer));
+  REQUIRE_MESSAGE(manifest.ok(), (manifest.ok() ? "" : manifest.error().message));
+  CHECK(manifest->unknown_records == std::vector<std::string>{"wish", "wish-list", "hope?"});
+  CHECK(manifest->provides.size() == 3);
+  CHECK(manifest->find("transport", "carrier"));
+  CHECK(manifest->find("device", "more"));
 }
 
 TEST_CASE("manifest: versions are judged with both numbers named") {

@@ -12,6 +12,15 @@ using namespace vmm;
 
 namespace {
 
+// Of a plugin that is nothing but the manifest of manifest_file.hpp.
+std::vector<Setting> tester_settings(const ScratchDir& folder) {
+  const clone_manifest manifest = vmm::test::good_manifest();
+  folder.write("tester.so", std::span<const std::byte>(vmm::test::elf_with(&manifest, sizeof manifest)));
+  const auto catalogue = Catalogue::scan({folder.path()}, PluginTrust::any);
+  REQUIRE(catalogue.ok());
+  return all_settings(*catalogue);
+}
+
 const Setting& find(const std::vector<Setting>& settings, const std::string& name) {
   const auto found =
       std::find_if(settings.begin(), settings.end(), [&](const Setting& setting) { return setting.name == name; });
@@ -33,7 +42,10 @@ Result<Plan> plan_of(const std::vector<Setting>& settings, const std::vector<Giv
   auto given = [&](const std::vector<Given>& list, const std::string& folder) {
     std::vector<GivenSetting> result;
     for (const Given& one : list)
-      result.push_back({&find(settings, one.name), one.value, {folder}, (folder.empty() ? "--" : "") + one.name});
+      result.push_back({&find(settings, one.name),
+                        one.value,
+                        {folder, folder.empty() ? "" : "vm.yaml:1:1"},
+                        (folder.empty() ? "--" : "") + one.name});
     return result;
   };
   return make_plan(given(profile, "/profiles"), given(command_line, ""));
@@ -144,11 +156,7 @@ TEST_CASE("settings: a short form expands, what follows its value is added or re
 
 TEST_CASE("settings: a short form whose value may be left out leaves the device's default then") {
   const ScratchDir folder;
-  const clone_manifest manifest = vmm::test::good_manifest();  // --test [KIND] is kind=%
-  folder.write("tester.so", std::span<const std::byte>(vmm::test::elf_with(&manifest, sizeof manifest)));
-  const auto catalogue = Catalogue::scan({folder.path()}, PluginTrust::any);
-  REQUIRE(catalogue.ok());
-  const auto settings = all_settings(*catalogue);
+  const auto settings = tester_settings(folder);  // --test [KIND] is kind=%
   CHECK(find(settings, "test").kind == SettingKind::optional_value);
   CHECK(plan_of(settings, {}, {{"test", "odd"}})->devices[0].options == KeyValues{{"kind", "odd"}});
   const auto plan = plan_of(settings, {}, {{"test", ""}});
@@ -156,4 +164,86 @@ TEST_CASE("settings: a short form whose value may be left out leaves the device'
   REQUIRE(plan->devices.size() == 1);
   CHECK(plan->devices[0].type == "tester");
   CHECK(plan->devices[0].options.empty());
+}
+
+TEST_CASE("settings: a flag that sets an option of a device which another one made") {
+  const ScratchDir folder;
+  const auto settings = tester_settings(folder);  // --spare [WHERE] is spare=WHERE on the tester with main=on
+  CHECK(find(settings, "spare").kind == SettingKind::optional_value);
+  CHECK(find(settings, "depth").kind == SettingKind::value);
+  using List = std::vector<Given>;
+  const auto option = [](const PlannedDevice& device, const std::string& key) -> std::string {
+    std::string values;
+    for (const auto& [name, value] : device.options)
+      if (name == key) values += (values.empty() ? "" : "+") + value;
+    return values;
+  };
+  // On whichever side of its device it stands, on the command line and in a profile.
+  for (const auto& [profile, line] : {std::pair{List{}, List{{"main", "a"}, {"spare", ""}}},
+                                      {List{}, List{{"spare", ""}, {"main", "a"}}},
+                                      {List{{"spare", ""}}, List{{"main", "a"}}},
+                                      {List{{"main", "a"}}, List{{"spare", ""}}},
+                                      {List{{"spare", ""}, {"main", "a"}}, List{}}}) {
+    const auto plan = plan_of(settings, profile, line);
+    REQUIRE_MESSAGE(plan.ok(), (plan.ok() ? "" : plan.error().message));
+    REQUIRE(plan->devices.size() == 1);
+    CHECK(option(plan->devices[0], "spare") == "memory");
+  }
+  // Only on the device that is meant, however its mark is written.
+  const auto two = plan_of(settings, {}, {{"test", "odd"}, {"device", "tester,main=yes"}, {"spare", "x,y"}});
+  REQUIRE(two.ok());
+  CHECK(option(two->devices[0], "spare").empty());
+  CHECK(option(two->devices[1], "spare") == "x,y");
+  const auto every = plan_of(settings, {}, {{"test", "odd"}, {"main", "a"}, {"depth", "3"}});
+  REQUIRE(every.ok());
+  for (const PlannedDevice& device : every->devices) CHECK(option(device, "depth") == "3");
+
+  // The command line wins over a profile; on one side the flag wins over the device's own words.
+  const auto wins = [&](const List& profile, const List& line) {
+    const auto plan = plan_of(settings, profile, line);
+    REQUIRE(plan.ok());
+    REQUIRE(plan->devices.size() == 1);
+    return option(plan->devices[0], "spare");
+  };
+  CHECK(wins({{"main", "a,spare=device"}}, {{"spare", "flag"}}) == "flag");
+  CHECK(wins({{"spare", "flag"}}, {{"main", "a,spare=device"}}) == "device");
+  CHECK(wins({{"spare", "profile"}, {"main", "a"}}, {{"spare", "line"}}) == "line");
+  CHECK(wins({}, {{"spare", "flag"}, {"main", "a,spare=device"}}) == "flag");
+
+  const auto refusal = [&](const List& profile, const List& line) {
+    const auto plan = plan_of(settings, profile, line);
+    return plan.ok() ? "" : plan.error().message;
+  };
+  CHECK(refusal({}, {{"spare", ""}}) == "--spare: needs --main FILE or --device tester,main=on");
+  CHECK(refusal({{"spare", ""}}, {{"device", "tester,main=off"}}) ==
+        "spare: needs --main FILE or --device tester,main=on");
+  CHECK(refusal({}, {{"depth", "1"}}) == "--depth: needs --test [KIND] or --main FILE or --device tester");
+}
+
+TEST_CASE(
+    "settings: a path that a flag gives to another's device starts from where the flag stands; words are no paths") {
+  const Catalogue catalogue = built_plugins();
+  const auto settings = all_settings(catalogue);
+  PluginLibrary library(catalogue);
+  const auto option = [&](const std::vector<Given>& profile, const std::vector<Given>& line, std::string_view key) {
+    const auto plan = plan_of(settings, profile, line);
+    REQUIRE_MESSAGE(plan.ok(), (plan.ok() ? "" : plan.error().message));
+    const auto checked = check_plan(*plan, library);
+    REQUIRE_MESSAGE(checked.ok(), (checked.ok() ? "" : checked.error().message));
+    const clone_options& options = checked->devices[0].options.raw();
+    for (uint32_t i = 0; i < options.count; ++i)
+      if (key == options.values[i]->name) return std::string(options.values[i]->text);
+    return std::string("unset");
+  };
+  CHECK(option({{"rootfs", "a"}}, {{"overlay", "o"}}, "path") == "/profiles/a");
+  CHECK(option({{"rootfs", "a"}}, {{"overlay", "o"}}, "overlay") == "o");
+  CHECK(option({{"overlay", "o"}}, {{"rootfs", "a"}}, "path") == "a");
+  CHECK(option({{"overlay", "o"}}, {{"rootfs", "a"}}, "overlay") == "/profiles/o");
+  CHECK(option({{"rootfs", "a,overlay=o"}}, {}, "overlay") == "/profiles/o");
+  CHECK(option({{"rootfs", "a"}}, {{"overlay", ""}}, "overlay") == "tmpfs");
+  for (const char* word : {"off", "on", "tmpfs"}) {
+    CHECK(option({{"overlay", word}, {"rootfs", "a"}}, {}, "overlay") == word);
+    CHECK(option({{"rootfs", "a,overlay=" + std::string(word)}}, {}, "overlay") == word);
+  }
+  CHECK(option({{"rootfs", "a"}}, {}, "overlay") == "off");
 }

@@ -19,6 +19,7 @@
 #include <thread>
 
 #include "clone/abi/boot_root.h"
+#include "disk_rig.hpp"
 #include "fake_driver.hpp"
 #include "fake_host.hpp"
 #include "fake_plugin.hpp"
@@ -26,394 +27,6 @@
 
 using namespace vmm;
 using namespace vmm::test;
-
-namespace {
-
-constexpr uint64_t kSector = 512;
-constexpr uint64_t kSlotBytes = 128 << 10;
-constexpr uint64_t kSlotData = 4096;  // of a slot: header at 0, status at 16, data from here
-constexpr uint32_t kSlots = 16;       // of each queue
-constexpr uint8_t kNoStatus = 0x55;
-
-const PluginFile& plugin() {
-  static const PluginFile file("virtio-blk");
-  return file;
-}
-
-// A file with content of its own, gone afterwards.
-class TemporaryFile {
- public:
-  explicit TemporaryFile(uint64_t size_bytes, const char* folder = "/var/tmp") {
-    path_ = std::string(folder) + "/clone-test-XXXXXX";
-    fd_ = clone_sdk::Fd(::mkstemp(path_.data()));
-    REQUIRE(fd_);
-    file_path_ = path_;
-    std::vector<uint8_t> bytes(size_bytes);
-    for (uint64_t i = 0; i < size_bytes; ++i) bytes[i] = static_cast<uint8_t>(i / kSector * 7 + i);
-    write(0, bytes);
-  }
-  ~TemporaryFile() {
-    if (loop_) ::ioctl(loop_.get(), LOOP_CLR_FD);
-    ::unlink(file_path_.c_str());
-  }
-  // From now on the file is seen through a block device; false when this machine lets us have none.
-  bool become_block_device() {
-    const clone_sdk::Fd control(::open("/dev/loop-control", O_RDWR | O_CLOEXEC));
-    const int number = control ? ::ioctl(control.get(), LOOP_CTL_GET_FREE) : -1;
-    const std::string device = "/dev/loop" + std::to_string(number);
-    clone_sdk::Fd loop(::open(device.c_str(), O_RDWR | O_CLOEXEC));
-    if (!loop || ::ioctl(loop.get(), LOOP_SET_FD, fd_.get()) != 0) return false;
-    loop_ = std::move(loop);
-    path_ = device;
-    return true;
-  }
-  const std::string& path() const { return path_; }
-  int fd() const { return fd_.get(); }
-  std::vector<uint8_t> read() const {
-    const int fd = loop_ ? loop_.get() : fd_.get();
-    const off_t size = ::lseek(fd, 0, SEEK_END);
-    REQUIRE(size >= 0);
-    std::vector<uint8_t> bytes(static_cast<size_t>(size));
-    REQUIRE(::pread(fd, bytes.data(), bytes.size(), 0) == size);
-    return bytes;
-  }
-  void write(uint64_t offset, const std::vector<uint8_t>& bytes) {
-    REQUIRE(::pwrite(fd_.get(), bytes.data(), bytes.size(), static_cast<off_t>(offset)) ==
-            static_cast<ssize_t>(bytes.size()));
-  }
-
- private:
-  std::string path_, file_path_;
-  clone_sdk::Fd fd_, loop_;
-};
-
-using Options = std::map<std::string, std::string>;
-
-// One disk, its queues and their driver.
-class Rig {
- public:
-  struct Line {
-    std::unique_ptr<FakeDriver> driver;
-    clone_sdk::Fd kick, call;
-    clone_virtqueue* queue = nullptr;
-    std::map<uint16_t, uint32_t> slot_of;  // by chain id
-    std::vector<uint32_t> free_slots;
-  };
-
-  explicit Rig(const Options& options, const char* name = "virtio-blk.0")
-      : host_(96ull << 20), device_(plugin().device("virtio-blk"), prepare(host_, name)) {
-    const clone_status status = device_.configure(options);
-    REQUIRE_MESSAGE(status == CLONE_OK, device_.error);
-    table_ = device_.extension<clone_virtio_device>(CLONE_VIRTIO_DEVICE);
-    port_ = {sizeof port_, 0, this, [](void*) {}, [](void* self) { ++static_cast<Rig*>(self)->resets_wanted_; }};
-  }
-  ~Rig() {
-    reset();
-    device_.destroy();
-  }
-
-  void start(bool packed = false, uint64_t without = 0) {
-    REQUIRE(device_.start() == CLONE_OK);
-    activate(packed, without);
-  }
-  void activate(bool packed = false, uint64_t without = 0) {
-    const auto* service = virtqueue_service();
-    std::vector<clone_virtqueue*> queues;
-    for (uint32_t i = 0; i < table_->queue_count(device_.raw()); ++i) {
-      Line line;
-      line.driver = std::make_unique<FakeDriver>(
-          host_.memory(), FakeDriverConfig{.packed = packed,
-                                           .size = 64,
-                                           .features = service->ring_features(handle()) & ~(1ull << 34),
-                                           .base = 0x10'0000 + i * 0x10'0000});
-      line.kick = clone_sdk::Fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-      line.call = clone_sdk::Fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-      clone_virtqueue_config config = line.driver->queue_config();
-      config.index = i;
-      config.kick_fd = line.kick.get();
-      config.call_fd = line.call.get();
-      clone_err err{sizeof err, 0, {}};
-      REQUIRE_MESSAGE(service->create(handle(), &config, &line.queue, &err) == CLONE_OK, err.message);
-      for (uint32_t slot = 0; slot < kSlots; ++slot) line.free_slots.push_back(slot);
-      queues.push_back(line.queue);
-      lines_.push_back(std::move(line));
-    }
-    const clone_virtio_activation activation = {sizeof activation, static_cast<uint32_t>(queues.size()),
-                                                table_->features(device_.raw()) & ~without, queues.data(), &port_};
-    clone_err err{sizeof err, 0, {}};
-    REQUIRE_MESSAGE(table_->activate(device_.raw(), &activation, &err) == CLONE_OK, err.message);
-  }
-  void reset() {
-    table_->reset(device_.raw());
-    for (Line& line : lines_) virtqueue_service()->destroy(line.queue);
-    lines_.clear();
-  }
-
-  // Where a slot's parts are.
-  static uint64_t slot(uint32_t line, uint32_t index) { return 0x120'0000 + (line * kSlots + index) * kSlotBytes; }
-  template <typename T>
-  T* at(uint64_t address) {
-    return lines_[0].driver->at<T>(address);
-  }
-  uint8_t* bytes(uint64_t address, uint64_t size) {
-    return reinterpret_cast<uint8_t*>(host_.memory().slice({address}, size));
-  }
-
-  // Adds a chain to a slot and tells the device if it wants to be told.
-  void submit(uint32_t line_index, uint32_t slot_index, const std::vector<FakeDriver::Buffer>& buffers) {
-    Line& line = lines_[line_index];
-    const auto id = line.driver->add(buffers);
-    REQUIRE(id);
-    line.slot_of[*id] = slot_index;
-    if (line.driver->publish()) signal_event(line.kick.get());
-  }
-  // Chains that came back: slots of the line.
-  std::vector<uint32_t> take(uint32_t line_index) {
-    Line& line = lines_[line_index];
-    std::vector<uint32_t> slots;
-    while (const auto used = line.driver->take_used()) {
-      slots.push_back(line.slot_of.at(used->id));
-      written_bytes = used->written_bytes;
-      line.slot_of.erase(used->id);
-    }
-    return slots;
-  }
-  // Waits for an interrupt of any queue; false when none came in time.
-  bool wait(int timeout_ms = 10'000) {
-    std::vector<pollfd> entries;
-    for (Line& line : lines_) {
-      if (line.driver->enable_interrupts()) return true;
-      entries.push_back({line.call.get(), POLLIN, 0});
-    }
-    const bool any = ::poll(entries.data(), entries.size(), timeout_ms) > 0;
-    for (Line& line : lines_) take_event(line.call.get());
-    return any;
-  }
-
-  // One request on its own: its status, or kNoStatus.
-  uint8_t run(uint32_t type, uint64_t sector, const std::vector<uint8_t>& out, uint32_t in_bytes = 0) {
-    const uint64_t base = slot(0, 0);
-    *at<virtio_blk_outhdr>(base) = {type, 0, sector};
-    std::vector<FakeDriver::Buffer> buffers = {{base, sizeof(virtio_blk_outhdr), false}};
-    if (!out.empty()) {
-      std::copy(out.begin(), out.end(), bytes(base + kSlotData, out.size()));
-      buffers.push_back({base + kSlotData, static_cast<uint32_t>(out.size()), false});
-    }
-    if (in_bytes) buffers.push_back({base + kSlotData, in_bytes, true});
-    buffers.push_back({base + 16, 1, true});
-    return run_chain(buffers);
-  }
-  // The same with buffers as they are; the status byte is expected at 16 of slot 0.
-  uint8_t run_chain(const std::vector<FakeDriver::Buffer>& buffers) {
-    *at<uint8_t>(slot(0, 0) + 16) = kNoStatus;
-    submit(0, 0, buffers);
-    while (true) {
-      if (!take(0).empty()) return *at<uint8_t>(slot(0, 0) + 16);
-      REQUIRE(wait());
-    }
-  }
-  std::vector<uint8_t> data(uint64_t size) {
-    const uint8_t* from = bytes(slot(0, 0) + kSlotData, size);
-    return {from, from + size};
-  }
-
-  const clone_host* handle() { return host_.handle("virtio-blk.0"); }
-  std::vector<Line>& lines() { return lines_; }
-  FakeHost& host() { return host_; }
-  DeviceUnderTest& device() { return device_; }
-  const clone_virtio_device& table() { return *table_; }
-  virtio_blk_config config() {
-    virtio_blk_config config{};
-    table_->read_config(device_.raw(), 0, &config, sizeof config);
-    return config;
-  }
-  int resets_wanted() const { return resets_wanted_; }
-  uint32_t written_bytes = 0;
-
- private:
-  static const clone_host* prepare(FakeHost& host, const char* name) {
-    host.vcpu_count = 2;
-    host.offer(CLONE_VIRTQUEUE, virtqueue_service());
-    return host.handle(name);
-  }
-
-  FakeHost host_;
-  DeviceUnderTest device_;
-  const clone_virtio_device* table_ = nullptr;
-  clone_virtio_port port_{};
-  std::vector<Line> lines_;
-  std::atomic<int> resets_wanted_{0};
-};
-
-std::vector<uint8_t> range(uint64_t sector, uint32_t sectors, uint32_t flags) {
-  const virtio_blk_discard_write_zeroes range = {sector, sectors, flags};
-  const auto* from = reinterpret_cast<const uint8_t*>(&range);
-  return {from, from + sizeof range};
-}
-
-std::vector<uint8_t> pattern(size_t size, uint8_t seed) {
-  std::vector<uint8_t> bytes(size);
-  for (size_t i = 0; i < size; ++i) bytes[i] = static_cast<uint8_t>(seed + i * 31 + i / 256);
-  return bytes;
-}
-
-std::string configure_error(const Options& options, clone_status expected = CLONE_ERR_INVALID) {
-  FakeHost host;
-  DeviceUnderTest device(plugin().device("virtio-blk"), host.handle("virtio-blk.0"));
-  CHECK(device.configure(options) == expected);
-  return device.error;
-}
-
-// Random requests on all queues at once, none that overlaps another in flight, against a model of the disk.
-class RandomWork {
- public:
-  RandomWork(Rig& rig, TemporaryFile& file, uint64_t seed)
-      : rig_(rig), file_(file), model_(file.read()), random_(seed) {}
-
-  void run(int steps, int pause_every) {
-    for (int step = 1; step <= steps; ++step) {
-      const auto line = static_cast<uint32_t>(number(0, rig_.lines().size() - 1));
-      while (rig_.lines()[line].free_slots.empty() || rig_.lines()[line].driver->free_entries() < 12) collect();
-      begin(line);
-      if (step % pause_every == 0) pause();
-    }
-    while (!in_flight_.empty()) collect();
-    CHECK(completed_ == steps);
-    CHECK(file_.read() == model_);
-  }
-
- private:
-  struct Request {
-    uint32_t type;
-    uint64_t start, length;
-    std::vector<FakeDriver::Buffer> data;
-  };
-
-  uint64_t number(uint64_t least, uint64_t most) {
-    return std::uniform_int_distribution<uint64_t>(least, most)(random_);
-  }
-
-  void begin(uint32_t line) {
-    const uint64_t sectors = model_.size() / kSector;
-    Request request{};
-    constexpr uint32_t kTypes[] = {VIRTIO_BLK_T_IN,      VIRTIO_BLK_T_IN,    VIRTIO_BLK_T_IN,
-                                   VIRTIO_BLK_T_OUT,     VIRTIO_BLK_T_OUT,   VIRTIO_BLK_T_OUT,
-                                   VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_WRITE_ZEROES};
-    request.type = kTypes[number(0, std::size(kTypes) - 1)];
-    uint64_t sector = 0;
-    if (request.type != VIRTIO_BLK_T_FLUSH) {
-      do {
-        uint64_t count = number(0, 3) ? number(1, 16) : number(1, (kSlotBytes - 2 * kSlotData) / kSector);
-        sector = number(0, sectors - count);
-        if (number(0, 1)) {  // as file systems do
-          sector -= sector % 8;
-          count = std::min(count + 7 - (count + 7) % 8, sectors - sector);
-        }
-        request.start = sector * kSector;
-        request.length = count * kSector;
-      } while (std::any_of(in_flight_.begin(), in_flight_.end(), [&](const auto& other) {
-        return other.second.start < request.start + request.length &&
-               request.start < other.second.start + other.second.length;
-      }));
-    }
-
-    auto& slots = rig_.lines()[line].free_slots;
-    const uint32_t slot = slots.back();
-    slots.pop_back();
-    const uint64_t base = Rig::slot(line, slot);
-    *rig_.at<virtio_blk_outhdr>(base) = {request.type, 0, sector};
-    *rig_.at<uint8_t>(base + 16) = kNoStatus;
-    std::vector<FakeDriver::Buffer> buffers;
-    const auto header_cut = static_cast<uint32_t>(number(0, 3) ? 16 : number(1, 15));
-    buffers.push_back({base, header_cut, false});
-    if (header_cut < 16) buffers.push_back({base + header_cut, 16 - header_cut, false});
-
-    const auto count = static_cast<uint32_t>(request.length / kSector);
-    if (request.type == VIRTIO_BLK_T_IN || request.type == VIRTIO_BLK_T_OUT) {
-      const bool out = request.type == VIRTIO_BLK_T_OUT;
-      // Sometimes not even aligned to a sector.
-      uint64_t at = base + kSlotData + (number(0, 9) ? 0 : number(1, 4000));
-      auto left = static_cast<uint32_t>(request.length);
-      while (left) {
-        uint32_t piece = left;
-        if (request.data.size() < 4 && left > kSector && number(0, 1))
-          piece = number(0, 5) ? static_cast<uint32_t>(number(1, left / kSector) * kSector)
-                               : static_cast<uint32_t>(number(1, left));
-        request.data.push_back({at, piece, !out});
-        at += piece;
-        left -= piece;
-      }
-      if (out) {
-        uint64_t position = request.start;
-        for (const auto& buffer : request.data) {
-          uint8_t* to = rig_.bytes(buffer.address, buffer.size_bytes);
-          for (uint32_t i = 0; i < buffer.size_bytes; ++i) model_[position++] = to[i] = static_cast<uint8_t>(random_());
-        }
-      }
-      buffers.insert(buffers.end(), request.data.begin(), request.data.end());
-    } else if (request.type != VIRTIO_BLK_T_FLUSH) {
-      const uint32_t flags = request.type == VIRTIO_BLK_T_WRITE_ZEROES && number(0, 1) ? 1 : 0;
-      const auto bytes = range(sector, count, flags);
-      std::copy(bytes.begin(), bytes.end(), rig_.bytes(base + 64, bytes.size()));
-      buffers.push_back({base + 64, static_cast<uint32_t>(bytes.size()), false});
-      // A regular file reads as zeroes where it has a hole.
-      std::fill_n(model_.begin() + static_cast<ptrdiff_t>(request.start), request.length, uint8_t{0});
-    }
-    buffers.push_back({base + 16, 1, true});
-    in_flight_[{line, slot}] = std::move(request);
-    rig_.submit(line, slot, buffers);
-  }
-
-  void collect() {
-    REQUIRE(rig_.wait());
-    take();
-  }
-  void take() {
-    for (uint32_t line = 0; line < rig_.lines().size(); ++line) {
-      for (const uint32_t slot : rig_.take(line)) {
-        const auto found = in_flight_.find({line, slot});
-        REQUIRE(found != in_flight_.end());
-        const Request& request = found->second;
-        REQUIRE(*rig_.at<uint8_t>(Rig::slot(line, slot) + 16) == VIRTIO_BLK_S_OK);
-        if (request.type == VIRTIO_BLK_T_IN) {
-          uint64_t position = request.start;
-          for (const auto& buffer : request.data) {
-            const uint8_t* from = rig_.bytes(buffer.address, buffer.size_bytes);
-            REQUIRE(std::equal(from, from + buffer.size_bytes, model_.begin() + static_cast<ptrdiff_t>(position)));
-            position += buffer.size_bytes;
-          }
-        }
-        in_flight_.erase(found);
-        rig_.lines()[line].free_slots.push_back(slot);
-        ++completed_;
-      }
-    }
-  }
-
-  // While quiesced nothing moves; what was not taken before is served afterwards.
-  void pause() {
-    REQUIRE(rig_.device().quiesce() == CLONE_OK);
-    take();
-    const auto still = file_.read();
-    for (auto& line : rig_.lines()) signal_event(line.kick.get());
-    std::this_thread::sleep_for(std::chrono::milliseconds(2));
-    for (auto& line : rig_.lines()) REQUIRE_FALSE(line.driver->used_pending());
-    REQUIRE(file_.read() == still);
-    SavedState state;
-    REQUIRE(rig_.device().save(state) == CLONE_OK);
-    REQUIRE(rig_.device().load(state) == CLONE_OK);
-    REQUIRE(rig_.device().resume() == CLONE_OK);
-  }
-
-  Rig& rig_;
-  TemporaryFile& file_;
-  std::vector<uint8_t> model_;
-  std::mt19937_64 random_;
-  std::map<std::pair<uint32_t, uint32_t>, Request> in_flight_;
-  int completed_ = 0;
-};
-
-}  // namespace
 
 TEST_CASE("virtio-blk: what the guest is told of the disk") {
   TemporaryFile file(1 << 20);
@@ -444,6 +57,12 @@ TEST_CASE("virtio-blk: what the guest is told of the disk") {
     TemporaryFile other(4096);
     Rig by_default({{"path", other.path()}});
     CHECK(by_default.table().queue_count(by_default.device().raw()) == 2);
+    FakeHost large;
+    large.vcpu_count = 40;
+    DeviceUnderTest device(plugin().device("virtio-blk"), large.handle("virtio-blk.0"));
+    TemporaryFile third(4096);
+    REQUIRE(device.configure({{"path", third.path()}}) == CLONE_OK);
+    CHECK(device.extension<clone_virtio_device>(CLONE_VIRTIO_DEVICE)->queue_count(device.raw()) == 32);
   }
   SUBCASE("without discard") {
     TemporaryFile other(4096);
@@ -683,6 +302,328 @@ TEST_CASE("virtio-blk: reset while busy, again and again") {
   }
 }
 
+namespace {
+
+// `count` reads of `size` bytes, spread over the queues, all made available at once as far as the rings hold them, and
+// how long they took.
+class Throttled {
+ public:
+  Throttled(Rig& rig, uint32_t size) : rig_(rig), size_(size), start_(std::chrono::steady_clock::now()) {}
+
+  void submit(uint32_t line, uint32_t slot) {
+    const uint64_t base = Rig::slot(line, slot);
+    *rig_.at<virtio_blk_outhdr>(base) = {VIRTIO_BLK_T_IN, 0, 0};
+    *rig_.at<uint8_t>(base + 16) = kNoStatus;
+    rig_.submit(line, slot, {{base, 16, false}, {base + kSlotData, size_, true}, {base + 16, 1, true}});
+  }
+  // Keeps every ring full until `count` were answered; the answers of each queue.
+  std::vector<uint32_t> run(uint32_t count) {
+    std::vector<uint32_t> answers(rig_.lines().size());
+    for (uint32_t line = 0; line < answers.size(); ++line)
+      for (uint32_t slot = 0; slot < kSlots; ++slot) submit(line, slot);
+    for (uint32_t done = 0; done < count;) {
+      for (uint32_t line = 0; line < answers.size(); ++line) {
+        for (const uint32_t slot : rig_.take(line)) {
+          REQUIRE(*rig_.at<uint8_t>(Rig::slot(line, slot) + 16) == VIRTIO_BLK_S_OK);
+          ++answers[line];
+          ++done;
+          submit(line, slot);
+        }
+      }
+      if (done < count) REQUIRE(rig_.wait());
+    }
+    return answers;
+  }
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+
+ private:
+  Rig& rig_;
+  uint32_t size_;
+  std::chrono::steady_clock::time_point start_;
+};
+
+double seconds_of(auto&& call) {
+  const auto start = std::chrono::steady_clock::now();
+  call();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+TEST_CASE("virtio-blk: limits hold, and are reached") {
+  for (const char* aio : {"io_uring", "threads"}) {
+    CAPTURE(aio);
+    TemporaryFile file(1 << 20);
+    {
+      Rig rig({{"path", file.path()}, {"aio", aio}, {"queues", "2"}, {"iops", "500"}});
+      rig.start();
+      Throttled work(rig, 4096);
+      const auto answers = work.run(250);
+      // 50 of them are the burst.
+      CHECK(work.seconds() >= 200 / 500.0);
+      CHECK(work.seconds() < 200 / 500.0 + 5);
+      // Both queues get their turn, also where the machine is too busy to wake them in time.
+      for (const uint32_t of_one : answers) CHECK(of_one >= 250 / 10);
+    }
+    {
+      Rig rig({{"path", file.path()}, {"aio", aio}, {"queues", "1"}, {"bps", "1M"}, {"bps-burst", "64K"}});
+      rig.start();
+      Throttled work(rig, 64 << 10);
+      work.run(9);
+      // The first costs what is there, the second needs one byte, the ninth that the eighth is paid for.
+      CHECK(work.seconds() >= 7 * 64 / 1024.0);
+      CHECK(work.seconds() < 7 * 64 / 1024.0 + 5);
+    }
+    {
+      // One operation each: flush, identity, discard, and what is refused.
+      Rig rig({{"path", file.path()}, {"aio", aio}, {"iops", "100"}, {"iops-burst", "1"}, {"bps", "4K"}});
+      rig.start();
+      const double taken = seconds_of([&] {
+        for (int i = 0; i < 5; ++i) {
+          CHECK(rig.run(VIRTIO_BLK_T_FLUSH, 0, {}) == VIRTIO_BLK_S_OK);
+          CHECK(rig.run(VIRTIO_BLK_T_GET_ID, 0, {}, 20) == VIRTIO_BLK_S_OK);
+          CHECK(rig.run(VIRTIO_BLK_T_DISCARD, 0, range(0, 2048, 0)) == VIRTIO_BLK_S_OK);
+          CHECK(rig.run(77, 0, {}, 0) == VIRTIO_BLK_S_UNSUPP);
+        }
+      });
+      CHECK(taken >= 19 / 100.0);
+      CHECK(taken < 19 / 100.0 + 5);
+    }
+    {
+      // Zeroes are bytes: 8 KiB at 16 KiB a second before the next request may begin.
+      Rig rig({{"path", file.path()}, {"aio", aio}, {"bps", "16K"}, {"bps-burst", "1"}});
+      rig.start();
+      const double taken = seconds_of([&] {
+        CHECK(rig.run(VIRTIO_BLK_T_WRITE_ZEROES, 0, range(0, 16, 0)) == VIRTIO_BLK_S_OK);
+        CHECK(rig.run(VIRTIO_BLK_T_FLUSH, 0, {}) == VIRTIO_BLK_S_OK);
+      });
+      CHECK(taken >= 8191 / 16384.0);
+      CHECK(taken < 0.5 + 5);
+    }
+  }
+}
+
+TEST_CASE("virtio-blk: a throttled disk is paused, saved and reset at once") {
+  for (const char* aio : {"io_uring", "threads"}) {
+    CAPTURE(aio);
+    TemporaryFile file(1 << 20);
+    // After its first 64 KiB this disk begins nothing for 16 seconds.
+    const Options options = {{"path", file.path()}, {"aio", aio}, {"queues", "2"}, {"bps", "4K"}, {"bps-burst", "1"}};
+    SavedState state;
+    {
+      Rig rig(options);
+      rig.start();
+      REQUIRE(rig.run(VIRTIO_BLK_T_IN, 0, {}, 64 << 10) == VIRTIO_BLK_S_OK);
+      Throttled work(rig, 512);
+      for (uint32_t line = 0; line < 2; ++line)
+        for (uint32_t slot = 0; slot < kSlots; ++slot) work.submit(line, slot);
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      CHECK(seconds_of([&] { REQUIRE(rig.device().quiesce() == CLONE_OK); }) < 2);
+      CHECK(rig.take(0).empty());
+      CHECK(rig.take(1).empty());
+      REQUIRE(rig.device().save(state) == CLONE_OK);
+      REQUIRE(rig.device().resume() == CLONE_OK);
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      CHECK(rig.take(0).empty());
+      CHECK(seconds_of([&] { rig.reset(); }) < 2);
+      // The debt stays: a reset is no way around the limit.
+      rig.activate();
+      work.submit(0, 0);
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      CHECK(seconds_of([&] { rig.reset(); }) < 2);
+    }
+    // The limits are the host's, not the guest's: another host may have others.
+    Rig loaded({{"path", file.path()}, {"aio", aio}, {"queues", "2"}});
+    REQUIRE(loaded.device().load(state) == CLONE_OK);
+    loaded.start();
+    CHECK(loaded.run(VIRTIO_BLK_T_IN, 0, {}, 512) == VIRTIO_BLK_S_OK);
+  }
+}
+
+TEST_CASE("virtio-blk: throttled random work matches a plain file") {
+  for (const char* aio : {"io_uring", "threads"}) {
+    TemporaryFile file(4096 * kSector);
+    Rig rig({{"path", file.path()},
+             {"aio", aio},
+             {"queues", "3"},
+             {"serial", "disk"},
+             {"iops", "3000"},
+             {"iops-burst", "5"},
+             {"bps", "100M"},
+             {"bps-burst", "1K"}});
+    rig.start(true);
+    RandomWork(rig, file, 4711).run(1500, 100);
+    CHECK(rig.resets_wanted() == 0);
+  }
+}
+
+namespace {
+
+std::string resize(Rig& rig, uint64_t size_bytes) {
+  return rig.host().call_command("virtio-blk.0.resize", "{\"size_bytes\":" + std::to_string(size_bytes) + "}");
+}
+
+}  // namespace
+
+TEST_CASE("virtio-blk: a disk grows while the guest uses it") {
+  for (const char* aio : {"io_uring", "threads"}) {
+    for (const char* cache : {"writeback", "none"}) {
+      CAPTURE(aio);
+      CAPTURE(cache);
+      TemporaryFile file(64 * kSector);
+      const auto before = file.read();
+      Rig rig({{"path", file.path()}, {"aio", aio}, {"cache", cache}, {"serial", "disk"}});
+      rig.start();
+      const auto last = pattern(512, 8);
+      CHECK(rig.run(VIRTIO_BLK_T_OUT, 4095, last) == VIRTIO_BLK_S_IOERR);
+      CHECK(resize(rig, 4096 * kSector) == "{\"size_bytes\": 2097152}");
+      CHECK(rig.config_changes() == 1);
+      CHECK(rig.config().capacity == 4096);
+      CHECK(rig.run(VIRTIO_BLK_T_OUT, 4095, last) == VIRTIO_BLK_S_OK);
+      CHECK(rig.run(VIRTIO_BLK_T_OUT, 4096, last) == VIRTIO_BLK_S_IOERR);
+      CHECK(rig.run(VIRTIO_BLK_T_IN, 4094, {}, 1024) == VIRTIO_BLK_S_OK);
+      auto end = std::vector<uint8_t>(512);
+      end.insert(end.end(), last.begin(), last.end());
+      CHECK(rig.data(1024) == end);
+      // Sparse; what was there is there.
+      struct stat status {};
+      REQUIRE(::fstat(file.fd(), &status) == 0);
+      CHECK(status.st_blocks * 512 < 1 << 20);
+      const auto after = file.read();
+      CHECK(std::equal(before.begin(), before.end(), after.begin()));
+
+      // The same size again: nothing for the guest to look at.
+      CHECK(resize(rig, 4096 * kSector) == "{\"size_bytes\": 2097152}");
+      CHECK(rig.config_changes() == 1);
+      RandomWork(rig, file, 31).run(200, 50);
+
+      // Paused: the guest is told, and finds it when it goes on.
+      REQUIRE(rig.device().quiesce() == CLONE_OK);
+      CHECK(resize(rig, 4097 * kSector) == "{\"size_bytes\": 2097664}");
+      CHECK(rig.config_changes() == 2);
+      SavedState state;
+      REQUIRE(rig.device().save(state) == CLONE_OK);
+      REQUIRE(rig.device().load(state) == CLONE_OK);
+      REQUIRE(rig.device().resume() == CLONE_OK);
+      CHECK(rig.run(VIRTIO_BLK_T_OUT, 4096, last) == VIRTIO_BLK_S_OK);
+
+      // Without a driver there is nobody to tell.
+      rig.reset();
+      CHECK(resize(rig, 4098 * kSector) == "{\"size_bytes\": 2098176}");
+      CHECK(rig.config_changes() == 2);
+      rig.activate();
+      CHECK(rig.run(VIRTIO_BLK_T_OUT, 4097, last) == VIRTIO_BLK_S_OK);
+      TemporaryFile copy(4097 * kSector);
+      Rig loaded({{"path", copy.path()}, {"serial", "disk"}});
+      CHECK(loaded.device().load(state) == CLONE_OK);
+    }
+  }
+}
+
+TEST_CASE("virtio-blk: a disk grows again and again under load") {
+  TemporaryFile file(4096 * kSector);
+  Rig rig({{"path", file.path()}, {"queues", "2"}});
+  rig.start();
+  std::atomic<bool> done{false};
+  // A vCPU reads the configuration meanwhile: always one of the sizes that there were.
+  std::thread vcpu([&] {
+    uint64_t last = 4096;
+    while (!done) {
+      const uint64_t capacity = rig.config().capacity;
+      CHECK(capacity >= last);
+      CHECK(capacity <= 4096 + 200 * 8);
+      last = capacity;
+    }
+  });
+  uint32_t errors = 0;
+  for (uint64_t size = 4096; size < 4096 + 200 * 8;) {
+    for (uint32_t slot = 0; slot < kSlots; ++slot) {
+      const uint64_t base = Rig::slot(1, slot);
+      *rig.at<virtio_blk_outhdr>(base) = {VIRTIO_BLK_T_OUT, 0, size - 8};
+      rig.submit(1, slot, {{base, 16, false}, {base + kSlotData, 4096, false}, {base + 16, 1, true}});
+    }
+    size += 8;
+    REQUIRE(resize(rig, size * kSector) == "{\"size_bytes\": " + std::to_string(size * kSector) + "}");
+    for (uint32_t answered = 0; answered < kSlots;) {
+      for (const uint32_t slot : rig.take(1)) {
+        errors += *rig.at<uint8_t>(Rig::slot(1, slot) + 16) != VIRTIO_BLK_S_OK;
+        ++answered;
+      }
+      if (answered < kSlots) REQUIRE(rig.wait());
+    }
+  }
+  done = true;
+  vcpu.join();
+  CHECK(errors == 0);
+  CHECK(rig.config_changes() == 200);
+  CHECK(file.read().size() == (4096 + 200 * 8) * kSector);
+}
+
+TEST_CASE("virtio-blk: sizes that a disk does not take") {
+  TemporaryFile file(64 * kSector);
+  const auto before = file.read();
+  {
+    Rig rig({{"path", file.path()}});
+    rig.start();
+    const std::string usage = "error: resize: allowed is {\"size_bytes\": N}, N being the new size of the disk";
+    for (const char* json :
+         {"", "{}", "null", "[65536]", "65536", "{\"size_bytes\":}", "{\"size_bytes\":\"65536\"}",
+          "{\"size_bytes\":-65536}", "{\"size_bytes\":65536.5}", "{\"size_bytes\":6e4}", "{\"size_bytes\":65536",
+          "{\"size_bytes\":65536}}", "{\"size_bytes\":65536,\"x\":1}", "{\"bytes\":65536}",
+          "{\"size_bytes\":18446744073709551616}", "{\"size_bytes\":true}", "{\"size_bytes\" 65536}"}) {
+      CAPTURE(json);
+      CHECK(rig.host().call_command("virtio-blk.0.resize", json) == usage);
+    }
+    CHECK(rig.host().call_command("virtio-blk.0.resize", " { \"size_bytes\" :\n32768 } ") == "{\"size_bytes\": 32768}");
+    CHECK(resize(rig, 32768 + 100) == "error: size_bytes=32868: allowed is a multiple of the disk's block size, 512");
+    CHECK(resize(rig, 32768 - 512) == "error: size_bytes=32256: the disk has 32768 bytes and can only grow");
+    CHECK(resize(rig, 0) == "error: size_bytes=0: the disk has 32768 bytes and can only grow");
+    for (const uint64_t size : {1ull << 63, ~0ull - 511, (1ull << 63) - 512})
+      CHECK(resize(rig, size) ==
+            "error: path=" + file.path() + ": size_bytes=" + std::to_string(size) + ": File too large");
+    CHECK(rig.config_changes() == 0);
+    CHECK(rig.config().capacity == 64);
+    CHECK(file.read() == before);
+
+    // Somebody appended to the file: nothing of that is cut off.
+    REQUIRE(::ftruncate(file.fd(), 66 * kSector) == 0);
+    CHECK(resize(rig, 65 * kSector) ==
+          "error: path=" + file.path() + ": size_bytes=33280: the file has 33792 bytes and can only grow");
+    CHECK(resize(rig, 66 * kSector) == "{\"size_bytes\": 33792}");
+    CHECK(rig.config().capacity == 66);
+  }
+  Rig reader({{"path", file.path()}, {"readonly", "on"}});
+  CHECK(resize(reader, 70 * kSector) == "error: size_bytes=35840: the disk is read-only (readonly=on)");
+  CHECK(file.read().size() == 66 * kSector);
+}
+
+TEST_CASE("virtio-blk: a block device that grew") {
+  TemporaryFile file(4096 * kSector);
+  if (!file.become_block_device()) {
+    MESSAGE("skipped: no loop device can be had");
+    return;
+  }
+  Rig rig({{"path", file.path()}});
+  rig.start();
+  REQUIRE(::ftruncate(file.fd(), 4104 * kSector) == 0);
+  CHECK(resize(rig, 4104 * kSector) == "error: path=" + file.path() +
+                                           ": size_bytes=2101248: the block device has 2097152 bytes; allowed is that "
+                                           "size, after the device itself was resized");
+  REQUIRE(file.tell_device_of_size());
+  CHECK(resize(rig, 4104 * kSector) == "{\"size_bytes\": 2101248}");
+  CHECK(rig.config().capacity == 4104);
+  CHECK(rig.run(VIRTIO_BLK_T_OUT, 4103, pattern(512, 3)) == VIRTIO_BLK_S_OK);
+}
+
+TEST_CASE("virtio-blk: without a control socket there is no resize, and no error") {
+  TemporaryFile file(64 * kSector);
+  FakeHost host;
+  host.offer(CLONE_HOST_CONTROL, nullptr);
+  DeviceUnderTest device(plugin().device("virtio-blk"), host.handle("virtio-blk.0"));
+  CHECK(device.configure({{"path", file.path()}}) == CLONE_OK);
+  CHECK(host.call_command("virtio-blk.0.resize", "{\"size_bytes\":65536}") == "error: no such command");
+}
+
 TEST_CASE("virtio-blk: queues activated before start wait for it") {
   TemporaryFile file(64 * kSector);
   Rig rig({{"path", file.path()}});
@@ -751,6 +692,29 @@ TEST_CASE("virtio-blk: an image is written by one machine, or read by many") {
         name + ": in use by another process (opened for reading); readonly=on shares it");
 }
 
+TEST_CASE("virtio-blk: an overlay in the guest's memory shares the image and leaves it alone") {
+  TemporaryFile file(64 * kSector);
+  const Options options = {{"path", file.path()}, {"root", "on"}, {"overlay", "tmpfs"}};
+  Rig first(options);
+  Rig second(options);
+  const auto* table = second.device().extension<clone_virtio_device>(CLONE_VIRTIO_DEVICE);
+  CHECK((table->features(second.device().raw()) & (1ull << VIRTIO_BLK_F_RO)) != 0);
+  CHECK((table->features(second.device().raw()) & (1ull << VIRTIO_BLK_F_DISCARD)) == 0);
+  CHECK(configure_error({{"path", file.path()}}, CLONE_ERR_BUSY) ==
+        "path=" + file.path() + ": in use by another process (opened for reading); readonly=on shares it");
+}
+
+TEST_CASE("virtio-blk: overlays that cannot be") {
+  TemporaryFile file(64 * kSector);
+  for (const char* value : {"tmpfs", "on"}) {
+    const std::string given = "overlay=" + std::string(value);
+    CHECK(configure_error({{"path", file.path()}, {"overlay", value}}) ==
+          given + ": allowed with root=on only: a disk that is not the root has none");
+    CHECK(configure_error({{"path", file.path()}, {"root", "on"}, {"readonly", "on"}, {"overlay", value}}) ==
+          given + ": allowed without readonly=on only: the image is opened for reading anyway");
+  }
+}
+
 TEST_CASE("virtio-blk: images and options that make no disk") {
   CHECK(configure_error({{"path", "/nonexistent/x"}}, CLONE_ERR_SYSTEM) ==
         "path=/nonexistent/x: No such file or directory");
@@ -765,6 +729,10 @@ TEST_CASE("virtio-blk: images and options that make no disk") {
         "path=" + tiny.path() + ": has 511 bytes; a disk has at least one sector of 512");
   CHECK(configure_error({{"path", file.path()}, {"queue-size", "100"}}) ==
         "queue-size=100: allowed are the powers of two from 16 to 1024");
+  CHECK(configure_error({{"path", file.path()}, {"iops-burst", "9"}}) ==
+        "iops-burst=9: needs iops, the limit that it may exceed");
+  CHECK(configure_error({{"path", file.path()}, {"bps-burst", "8K"}, {"iops", "5"}}) ==
+        "bps-burst=8192: needs bps, the limit that it may exceed");
   CHECK(configure_error({{"path", file.path()}, {"serial", "has blanks"}}) ==
         "serial=has blanks: allowed are 1 to 20 printable ASCII characters without blanks");
   CHECK(configure_error({{"path", file.path()}, {"serial", "123456789012345678901"}}) ==
@@ -864,6 +832,29 @@ TEST_CASE("virtio-blk: the root disk says how it is found") {
                    CHECK(std::string(found.source) == "serial:mine");
                    CHECK(found.read_only == 1);
                  }) == CLONE_OK);
+  // With an overlay in the guest's memory the disk is for reading, and the host is told to have it laid.
+  for (const char* value : {"tmpfs", "on"})
+    CHECK(describe({{"path", file.path()}, {"root", "on"}, {"overlay", value}}, info,
+                   [](const clone_boot_root_info& found) {
+                     CHECK(found.read_only == 1);
+                     CHECK(std::string(found.overlay) == "tmpfs");
+                   }) == CLONE_OK);
+  CHECK(describe({{"path", file.path()}, {"root", "on"}, {"overlay", "off"}}, info,
+                 [](const clone_boot_root_info& found) {
+                   CHECK(found.read_only == 0);
+                   CHECK(std::string(found.overlay).empty());
+                 }) == CLONE_OK);
+  // A host from before the field gives room for what it knows.
+  {
+    Rig rig({{"path", file.path()}, {"root", "on"}, {"overlay", "tmpfs"}});
+    clone_boot_root_info old{};
+    old.size = offsetof(clone_boot_root_info, overlay);
+    old.overlay = "untouched";
+    const auto* boot_root = rig.device().extension<clone_boot_root>(CLONE_BOOT_ROOT);
+    CHECK(boot_root->describe(rig.device().raw(), &old, nullptr) == CLONE_OK);
+    CHECK(std::string(old.source) == "serial:clone-root");
+    CHECK(std::string(old.overlay) == "untouched");
+  }
   // A disk shorter than where some file systems keep their superblock.
   TemporaryFile small(kSector);
   CHECK(describe({{"path", small.path()}, {"root", "on"}}, info,
