@@ -6,12 +6,13 @@ JOBS   ?= $(shell nproc)
 CMD    ?=
 export PRESET
 
-.PHONY: help build run test unit bench asan tsan install clean packages
+.PHONY: help build run test unit fuzz bench asan tsan install clean packages
 help:
 	@echo "make run               boot a small Debian and leave you at its shell"
 	@echo "make run CMD='uname -a'  run a command in it, print what it says, power off"
 	@echo "make test              build and run every test"
 	@echo "make unit              the quick tests only: no guest kernel is booted"
+	@echo "make fuzz              feed broken images, packets and messages to their parsers, a minute each (SECONDS=…)"
 	@echo "make bench             measure against QEMU"
 	@echo "make asan | make tsan  the quick tests under the sanitizers"
 	@echo "make install PREFIX=…  install (default: /usr/local)"
@@ -31,6 +32,9 @@ test: packages
 
 unit: build
 	@scripts/test --quick
+
+fuzz: packages
+	@scripts/fuzz $(or $(SECONDS),60)
 
 bench: build
 	@scripts/bench
