@@ -104,6 +104,7 @@ struct Stream {
   uint32_t guest_buffer = 0;
   bool readable = false;  // as far as is known
   bool hung_up = false;
+  std::chrono::milliseconds last_moment{0};  // of one that hung up, for the guest to take what it left
 
   // Packets that wait to be sent.
   bool request = false;
@@ -169,7 +170,7 @@ Stream& Streams::add(uint32_t host_port, uint32_t guest_port, std::unique_ptr<Pa
 std::optional<uint32_t> Streams::free_port(PortRange range, uint32_t guest_port) {
   const bool reserved = range == PortRange::reserved;
   uint32_t& next = reserved ? next_reserved_port_ : next_ordinary_port_;
-  // Unique among all streams of the range, so that a port alone names one.
+  // Each in its turn, but those that a stream to the same port of the guest has.
   for (size_t tries = 0; tries < kFirstOrdinaryPort + kMostStreams; ++tries) {
     const uint32_t port = next;
     ++next;
@@ -394,7 +395,10 @@ uint32_t Streams::read(Stream& stream, std::span<const iovec> space) {
   if (count > 0) {
     const auto size_bytes = static_cast<uint32_t>(count);
     // One that hung up is not watched any more: it is read to its end.
-    if (size_bytes < room_bytes && !stream.hung_up) stream.readable = false;
+    if (stream.hung_up)
+      set_deadline(stream, std::min(kPatience, stream.last_moment - host_.now()));
+    else if (size_bytes < room_bytes)
+      stream.readable = false;
     stream.sent += size_bytes;
     counters_.to_guest_bytes.fetch_add(size_bytes, std::memory_order_relaxed);
     ask_for_credit(stream);
@@ -423,6 +427,8 @@ void Streams::ready(Stream& stream, bool readable, bool writable, bool hung_up) 
     if (stream.state == State::requested) return reset_and_remove(stream);
     if (stream.state == State::lingering) return remove(stream);
     stream.hung_up = true;
+    stream.last_moment = host_.now() + kLingerPatience;
+    set_deadline(stream, kPatience);
     writing_failed(stream);
     if (!stream.guest_reads()) end_unread(stream);
     readable = true;
@@ -451,7 +457,7 @@ bool Streams::flush(Stream& stream) {
     }
     stream.buffer.consume(static_cast<size_t>(written));
     forwarded(stream, static_cast<uint32_t>(written));
-    if (stream.deadline && stream.state == State::lingering) stream.deadline = host_.now() + kLingerPatience;
+    if (stream.deadline && stream.state == State::lingering) set_deadline(stream, kLingerPatience);
   }
   if (stream.state == State::lingering) {
     remove(stream);
@@ -484,16 +490,12 @@ void Streams::settle() {
 
 // --- Ends ---
 
-// One that is set already stays as it is.
 void Streams::set_deadline(Stream& stream, std::optional<std::chrono::milliseconds> patience) {
-  if (patience.has_value() == stream.deadline.has_value()) return;
-  if (patience) {
-    stream.deadline = host_.now() + *patience;
-    ++deadlines_;
-  } else {
-    stream.deadline.reset();
-    --deadlines_;
-  }
+  if (stream.deadline) --deadlines_;
+  stream.deadline.reset();
+  if (!patience) return;
+  stream.deadline = host_.now() + *patience;
+  ++deadlines_;
 }
 
 bool Streams::expire() {

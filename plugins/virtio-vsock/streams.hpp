@@ -30,9 +30,11 @@ constexpr uint32_t kMostPayloadBytes = 64 << 10;
 constexpr size_t kMostStreams = 1024;
 constexpr size_t kReservedStreams = 64;  // of these, for the VMM: programs of the guest cannot keep it out
 constexpr size_t kMostResets = 256;
-// For a guest to answer a request, and to answer the end of both directions.
+// For a guest to answer a request, to answer the end of both directions, and to take more of what a host left that hung
+// up.
 constexpr std::chrono::milliseconds kPatience{8000};
-// For the host to take more of what is left of a stream that a program of the guest began and is done with.
+// For the host to take more of what is left of a stream that a program of the guest began and is done with; and for the
+// guest to take all of what a host left.
 constexpr std::chrono::milliseconds kLingerPatience{60'000};
 
 // The host's end of a stream. It tells Streams what happens by ready(), and is destroyed by HostSide::retire().

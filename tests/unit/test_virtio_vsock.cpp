@@ -337,6 +337,40 @@ TEST_CASE("virtio-vsock: a guest that does not read holds up its stream only") {
   CHECK(rig.wait([&] { return ends.guest->received.size() == taken; }));
 }
 
+TEST_CASE("virtio-vsock: a guest without room learns that the client is gone, and the stream ends") {
+  VsockRig rig;
+  rig.start();
+  rig.reads_at_once = false;
+  // As the VMM's own: accepted, and never given room.
+  int32_t fd = -1;
+  REQUIRE(rig.published().connect(rig.published().context, 40, &fd, nullptr) == CLONE_OK);
+  clone_sdk::Fd hostile(fd);
+  REQUIRE(rig.wait([&] { return rig.find(40); }));
+  rig.find(40)->buffer_bytes = 0;
+  rig.send(*rig.find(40), VIRTIO_VSOCK_OP_RESPONSE);
+  pollfd entry{fd, POLLOUT, 0};
+  REQUIRE(::poll(&entry, 1, 3000) == 1);
+  send_all(fd, "never taken");
+  // And a program that takes nothing more.
+  auto ends = rig.open_from_host(41);
+  send_all(ends.client.get(), noise(200'000, 1));
+  REQUIRE(rig.wait([&] { return ends.guest->received.size() == 200'000; }));
+  send_all(ends.client.get(), noise(150'000, 2));
+  REQUIRE(rig.wait([&] { return ends.guest->received.size() == 256 << 10; }));
+
+  hostile.reset();
+  ends.client.reset();
+  for (GuestStream* stream : {rig.find(40), ends.guest}) {
+    CHECK(rig.wait([&] { return stream->shutdown == VIRTIO_VSOCK_SHUTDOWN_RCV; }));
+    CHECK(!stream->reset);
+  }
+  CHECK(rig.wait([&] { return rig.find(40)->reset && ends.guest->reset; }, 12'000));
+  CHECK(rig.find(40)->received.empty());
+  CHECK(ends.guest->received.size() == 256 << 10);
+  CHECK(rig.host().metric("virtio-vsock.0.vsock_connections") == 0);
+  CHECK(rig.strangers.empty());
+}
+
 TEST_CASE("virtio-vsock: hundreds of streams at once, and no more than there may be") {
   VsockRig rig;
   rig.start(true);

@@ -170,6 +170,93 @@ TEST_CASE("vsock streams: a host that hangs up on a guest that reads nothing mor
   }
 }
 
+TEST_CASE("vsock streams: what a host left that hung up goes when the guest takes nothing of it") {
+  using std::chrono::milliseconds;
+  Machine machine;
+  REQUIRE(machine.streams.open(80, machine.side.make(), PortRange::reserved));
+  const uint32_t port = machine.next().source_port;
+  Packet credit = machine.packet(VIRTIO_VSOCK_OP_RESPONSE, port, 80);
+  const auto room = [&](uint32_t taken_bytes, uint32_t more_bytes) {
+    credit.forwarded_bytes += taken_bytes;
+    credit.buffer_bytes = more_bytes;
+    machine.streams.receive(credit, {});
+    credit.operation = VIRTIO_VSOCK_OP_CREDIT_UPDATE;
+  };
+  Side::Fake& partner = *machine.side.last;
+  partner.input.assign(5000, 'x');
+  partner.ended = true;
+  const auto told = [&] {  // flags of SHUTDOWN, and no reset
+    uint32_t flags = 0;
+    while (machine.streams.has_packets()) {
+      const Packet packet = machine.next();
+      CHECK(packet.operation != VIRTIO_VSOCK_OP_RST);
+      flags |= packet.flags;
+    }
+    return flags;
+  };
+  const auto goes_after = [&](milliseconds time) {
+    machine.side.time += time - milliseconds(1);
+    CHECK(machine.streams.expire());
+    CHECK(machine.side.retired == 0);
+    machine.side.time += milliseconds(1);
+    CHECK(!machine.streams.expire());
+    CHECK(machine.side.retired == 1);
+    CHECK(machine.streams.counters().streams == 0);
+    CHECK(machine.next().operation == VIRTIO_VSOCK_OP_RST);
+    CHECK(!machine.streams.has_packets());
+  };
+  SUBCASE("it never had room") {
+    room(0, 0);
+    machine.streams.ready(*partner.stream, true, false, true);
+    CHECK(told() == VIRTIO_VSOCK_SHUTDOWN_RCV);
+    goes_after(kPatience);
+  }
+  SUBCASE("it has no room left") {
+    room(0, 1000);
+    machine.streams.ready(*partner.stream, true, false, true);
+    CHECK(told() == VIRTIO_VSOCK_SHUTDOWN_RCV);
+    CHECK(partner.input.size() == 4000);
+    machine.side.time += kPatience - milliseconds(1);
+    room(0, 1000);  // what makes no room gives no time
+    CHECK(told() == 0);
+    CHECK(machine.streams.expire());
+    goes_after(milliseconds(1));
+  }
+  SUBCASE("it has no buffers for packets") {
+    room(0, 1000);
+    machine.streams.ready(*partner.stream, true, false, true);
+    goes_after(kPatience);
+  }
+  SUBCASE("it takes all, slowly, and then has its time to answer") {
+    room(0, 1000);
+    machine.streams.ready(*partner.stream, true, false, true);
+    uint32_t flags = told();
+    for (int i = 0; i < 5; ++i) {
+      CHECK(flags == (i ? 0u : uint32_t{VIRTIO_VSOCK_SHUTDOWN_RCV}));
+      machine.side.time += kPatience - milliseconds(1);
+      CHECK(machine.streams.expire());
+      room(1000, 1000);
+      flags = told();
+    }
+    CHECK(partner.input.empty());
+    CHECK(flags == kBoth);
+    goes_after(kPatience);
+  }
+  SUBCASE("it takes a byte now and then") {
+    room(0, 1);
+    machine.streams.ready(*partner.stream, true, false, true);
+    told();
+    milliseconds waited{0};
+    for (; waited + kPatience / 2 < kLingerPatience; waited += kPatience / 2) {
+      machine.side.time += kPatience / 2;
+      CHECK(machine.streams.expire());
+      room(1, 1);
+      CHECK(told() == 0);
+    }
+    goes_after(kLingerPatience - waited);
+  }
+}
+
 TEST_CASE("vsock streams: counts go on past 4 GiB") {
   Machine machine;
   machine.send(VIRTIO_VSOCK_OP_REQUEST, 1, 1);
