@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Context ids: which one a VM has, and the lock that keeps every other VM of this user off it.
+// Context ids: which one a VM has, and the lock that keeps every other VM of the same runtime directory off it.
 #pragma once
 
 #include <functional>
