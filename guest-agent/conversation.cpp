@@ -53,6 +53,11 @@ bool Conversation::greet() {
 void Conversation::run() {
   if (!greet()) return;
   while (!over_ && !connection.is_gone()) {
+    if (freezer::left_ms() == 0) {
+      freezer::thaw_all();
+      connection.error(-ETIMEDOUT, Type::freeze, "the file systems were frozen for as long as they may be");
+      break;
+    }
     Connection::Frame frame;
     const Connection::Next next = connection.next(frame);
     if (next == Connection::Next::broken) break;
@@ -69,7 +74,7 @@ void Conversation::run() {
 
 // Until the next sample, or until what is frozen has to thaw.
 int Conversation::timeout_ms() const {
-  const int thaw_ms = freezer::check_time_ms();
+  const int thaw_ms = freezer::left_ms();
   if (!watching_) return thaw_ms;
   const unsigned long now_ms = sys::monotonic_ms();
   const int sample_ms = next_sample_ms_ > now_ms ? static_cast<int>(next_sample_ms_ - now_ms) : 0;
@@ -92,7 +97,7 @@ void Conversation::answer(const Connection::Frame& frame) {
     case Type::identity:
       return set_identity(*this, frame);
     case Type::freeze:
-      return freezer::freeze(*this);
+      return freezer::freeze(*this, frame);
     case Type::thaw:
       return freezer::thaw(*this);
     case Type::copy_in:

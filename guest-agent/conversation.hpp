@@ -39,11 +39,11 @@ void set_power(Conversation& conversation, const Connection::Frame& frame);
 
 // File systems that this conversation froze.
 namespace freezer {
-void freeze(Conversation& conversation);
+void freeze(Conversation& conversation, const Connection::Frame& frame);
 void thaw(Conversation& conversation);
 bool is_frozen();
-// Thaws when the time is over; the time left until then, or -1.
-int check_time_ms();
+// Until it has to thaw; -1 when nothing is frozen.
+int left_ms();
 void thaw_all();
 }  // namespace freezer
 

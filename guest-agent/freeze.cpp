@@ -12,8 +12,9 @@ using namespace agent_protocol;
 
 namespace {
 
-// They thaw by themselves after this time: a host that hangs must not keep the guest from writing for ever.
-constexpr unsigned long longest_ms = 60000;
+// They thaw by themselves after this time at the latest: a host that hangs must not keep the guest from writing for
+// ever.
+constexpr uint32_t longest_ms = 60000;
 constexpr int sending_ms = 10000;  // nor may one that does not take the answer
 constexpr int most_file_systems = 64;
 
@@ -104,15 +105,15 @@ void thaw_all() {
   sys::block_signals(0);
 }
 
-int check_time_ms() {
+int left_ms() {
   if (!is_frozen()) return -1;
   const unsigned long now_ms = sys::monotonic_ms();
-  if (now_ms < until_ms) return static_cast<int>(until_ms - now_ms);
-  thaw_all();
-  return -1;
+  return now_ms < until_ms ? static_cast<int>(until_ms - now_ms) : 0;
 }
 
-void freeze(Conversation& conversation) {
+void freeze(Conversation& conversation, const Connection::Frame& frame) {
+  Reader reader = frame.reader();
+  const uint32_t wanted_ms = reader.u32();
   Connection& connection = conversation.connection;
   if (conversation.machine == Machine::not_ours) {
     connection.error(-EPERM, Type::freeze, "this agent does not run in a virtual machine");
@@ -127,7 +128,7 @@ void freeze(Conversation& conversation) {
   sys::block_signals(~0ul);
   sys::sync();
   connection.set_patience_ms(sending_ms);
-  until_ms = sys::monotonic_ms() + longest_ms;
+  until_ms = sys::monotonic_ms() + (reader.failed() || wanted_ms > longest_ms ? longest_ms : wanted_ms);
   long failure = 0;
   // The last first: it may be a file on one of those before.
   while (candidate_count > 0) {

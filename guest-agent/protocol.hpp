@@ -49,9 +49,10 @@ enum class Type : uint16_t {
 
   power = 0x30,     // host: u32 Power. Answered by `done` before it happens.
   identity = 0x31,  // host: u32 IdentityFields, then each field that is set, in the order of the bits
-  freeze =
-      0x32,     // host: freezes what is writable; done: u32 count of file systems. They thaw when the connection ends.
-  thaw = 0x33,  // host: done: u32 count
+  freeze = 0x32,    // host: u32 longest time in ms, or left out; freezes what is writable; done: u32 count of file
+                    // systems. They thaw when the connection ends. After that time, and after 60 s in any case, they
+                    // thaw by themselves: the agent says so in an `error`, and ends the connection.
+  thaw = 0x33,      // host: done: u32 count
 
   copy_in =
       0x40,  // host: u32 CopyFlags, string target, string name ("" or left out: the root becomes the target itself;
@@ -77,7 +78,7 @@ enum class Power : uint32_t { off = 0, reboot = 1 };
 enum IdentityFields : uint32_t {
   kIdentityHostname = 1,  // string
   kIdentityAddress = 2,   // string "192.0.2.5/24", string gateway or "", of the first network interface
-  kIdentityCid = 4,       // u64: the guest's; the agent asks the transport for it anew
+  kIdentityCid = 4,       // u64: the guest's. Nothing is to be done: its transport has it since its reset
   kIdentityEntropy = 8,   // string of bytes, credited and mixed in (RNDADDENTROPY, RNDRESEEDCRNG)
   kIdentityClock = 16,    // u64 nanoseconds since 1970
 };

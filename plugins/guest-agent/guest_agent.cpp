@@ -39,6 +39,7 @@ constexpr uint64_t kLongestRetryMs = 1000;
 constexpr uint64_t kGoodSessionMs = 5000;
 // File systems take their time to write everything out.
 constexpr uint64_t kFreezeMs = 60'000;
+constexpr uint64_t kLongestFrozenMs = 60'000;  // as the agent has it
 constexpr uint64_t kLongestWaitMs = 600'000;
 constexpr size_t kMostConversations = 512;
 constexpr uint32_t kWarnings = 3;
@@ -120,6 +121,7 @@ class GuestAgent final : public clone_sdk::Device {
   void end_all(const Error& why);
   void lost(const Error& why);
   void reported(const protocol::Report& report);
+  uint64_t age_ms() const;
   void changed();
   void released(const Request& request);
   template <typename T, typename... Arguments>
@@ -154,7 +156,7 @@ class GuestAgent final : public clone_sdk::Device {
   Fd timer_;
   Watch timer_watch_;
   bool running_ = false;
-  uint64_t paused_ms_ = 0;  // when
+  uint64_t paused_ms_ = 0;  // when; 0: never, or it runs
 
   std::list<std::unique_ptr<Conversation>> conversations_;
   std::list<Waiting> waiting_;
@@ -266,9 +268,11 @@ class GuestAgent::Request final : public Conversation {
     protocol::Reader reader = frame.reader();
     const uint32_t count = reader.u32();
     Caller caller = std::exchange(caller_, Caller());
-    if (hold_) {
+    // Where nothing is frozen nothing is to be held.
+    if (hold_ && count > 0) {
       set_deadline_ms(kNever);
     } else {
+      hold_ = false;
       finish();
       device_.released(*this);
     }
@@ -314,7 +318,7 @@ Result<void> GuestAgent::start() {
 }
 
 Result<void> GuestAgent::quiesce() {
-  running_ = false;
+  if (!std::exchange(running_, false)) return {};
   paused_ms_ = now_ms();
   timer_watch_.stop();
   for (const auto& conversation : conversations_) conversation->pause();
@@ -324,12 +328,13 @@ Result<void> GuestAgent::quiesce() {
 // The agent is asked anew at once: after a restore it runs where nobody has spoken with it. Until that fails, what it
 // said before holds.
 Result<void> GuestAgent::resume() {
-  running_ = true;
-  if (!vsock_) return {};
+  if (std::exchange(running_, true) || !vsock_) return {};
   timer_watch_ =
       CLONE_TRY(Watch::start<&GuestAgent::tick>(loop_.table, loop_.loop, timer_.get(), CLONE_READABLE, this));
   drop_session();
   const uint64_t pause_ms = paused_ms_ ? now_ms() - paused_ms_ : 0;
+  paused_ms_ = 0;
+  if (reported_ms_) reported_ms_ += pause_ms;
   for (Waiting& waiting : waiting_) waiting.deadline_ms += pause_ms;
   for (const auto& conversation : conversations_) {
     conversation->postpone(pause_ms);
@@ -441,6 +446,9 @@ void GuestAgent::reported(const protocol::Report& report) {
   if (news) changed();
 }
 
+// Of the last report; it does not grow in a pause, in which there is nothing to report.
+uint64_t GuestAgent::age_ms() const { return (paused_ms_ ? paused_ms_ : now_ms()) - reported_ms_; }
+
 void GuestAgent::changed() {
   for (size_t i = 0; i < listeners_.size(); ++i) {
     const Listener listener = listeners_[i];
@@ -489,7 +497,7 @@ void GuestAgent::fill(clone_guest_report& report) const {
   full.activity = report_.activity == CLONE_ACTIVITY_IDLE || report_.activity == CLONE_ACTIVITY_ACTIVE
                       ? report_.activity
                       : CLONE_ACTIVITY_UNKNOWN;
-  full.age_ms = static_cast<uint32_t>(std::min<uint64_t>(now_ms() - reported_ms_, kUnknown));
+  full.age_ms = static_cast<uint32_t>(std::min<uint64_t>(age_ms(), kUnknown));
   full.process_count = report_.process_count;
   full.load_permille = report_.load_permille;
   full.pressure_some_permille = report_.pressure_some_permille;
@@ -583,7 +591,7 @@ void GuestAgent::status(const Parameters& parameters, Caller caller) {
   number("cid", vsock_ ? vsock_->cid : kUnknown, kUnknown);
   if (connected_) {
     json += ",\"version\":" + quoted(version_);
-    number("age_ms", now_ms() - reported_ms_, ~uint64_t{0});
+    number("age_ms", age_ms(), ~uint64_t{0});
     json += std::string(",\"activity\":") + (report_.activity == CLONE_ACTIVITY_IDLE     ? "\"idle\""
                                              : report_.activity == CLONE_ACTIVITY_ACTIVE ? "\"active\""
                                                                                          : "null");
@@ -666,15 +674,23 @@ void GuestAgent::identity(const Parameters& parameters, Caller caller) {
 }
 
 void GuestAgent::freeze(const Parameters& parameters, Caller caller) {
-  if (Result<void> known = only(parameters, {}); !known.ok()) return caller.fail(known.error());
+  if (Result<void> known = only(parameters, {"limit_ms"}); !known.ok()) return caller.fail(known.error());
+  const auto limit_ms = parameter<uint64_t>(parameters, "limit_ms", "1 to 60000 milliseconds");
+  if (!limit_ms.ok()) return caller.fail(limit_ms.error());
+  const uint64_t frozen_ms = limit_ms->value_or(kLongestFrozenMs);
+  if (frozen_ms < 1 || frozen_ms > kLongestFrozenMs)
+    return caller.fail({"limit_ms: allowed is 1 to 60000 milliseconds"});
   if (frozen_) return caller.fail({"the guest's file systems are frozen already"});
-  frozen_ = request(protocol::make_frame(Type::freeze, [](Writer&) {}), kFreezeMs, std::move(caller));
+  frozen_ =
+      request(protocol::make_frame(Type::freeze, [&](Writer& writer) { writer.u32(static_cast<uint32_t>(frozen_ms)); }),
+              kFreezeMs, std::move(caller));
   if (frozen_) frozen_->hold();
 }
 
 void GuestAgent::thaw(const Parameters& parameters, Caller caller) {
   if (Result<void> known = only(parameters, {}); !known.ok()) return caller.fail(known.error());
   if (!frozen_ || !frozen_->answered()) return caller.fail({"the guest's file systems are not frozen"});
+  if (!running_) return caller.fail({"the machine is paused"});
   frozen_->ask_last(protocol::make_frame(Type::thaw, [](Writer&) {}), std::move(caller));
   frozen_ = nullptr;
 }
@@ -711,7 +727,8 @@ Result<void> GuestAgent::add_commands(const clone_host_control& control) {
       "identity",
       "Gives the guest another identity. {\"hostname\", \"address\", \"gateway\", \"cid\", \"entropy\", "
       "\"clock\"}"));
-  CLONE_TRY(add.operator()<&Self::freeze>("freeze", "Freezes the guest's writable file systems, until thaw."));
+  CLONE_TRY(add.operator()<&Self::freeze>(
+      "freeze", "Freezes the guest's writable file systems, until thaw or its time is over. {\"limit_ms\": N}"));
   CLONE_TRY(add.operator()<&Self::thaw>("thaw", "Thaws what freeze froze."));
   return add.operator()<&Self::power>("power",
                                       "Asks the guest to end or to start anew. {\"action\": \"off\" or \"reboot\"}");

@@ -152,6 +152,20 @@ TEST_CASE("agent: freezes the file systems on disks, and thaws them") {
     other.close();
     CHECK(finish(writer, 3000).has_exited);
   }
+  SUBCASE("by themselves after the time that was given, and the host is told") {
+    Client other(machine.socket());
+    other.send(Type::freeze, Payload().u32(1000).bytes);
+    CHECK(number_of(other.receive()) == 1);
+    const int64_t frozen_ms = now_ms();
+    start_writing();
+    const Failure failure = other.receive_failure();
+    CHECK(failure.code == ETIMEDOUT);
+    CHECK(failure.answered == Type::freeze);
+    CHECK(now_ms() - frozen_ms >= 900);
+    CHECK(now_ms() - frozen_ms < 10000);
+    CHECK(other.ends_within_ms(3000));
+    CHECK(finish(writer, 3000).has_exited);
+  }
   SUBCASE("twice frozen is told, and the first still thaws") {
     Client other(machine.socket()), another(machine.socket());
     other.send(Type::freeze);

@@ -465,11 +465,15 @@ TEST_CASE("guest-agent: freeze keeps its connection until thaw") {
   Machine m;
   m.session();
   CHECK(m.call("thaw") == "error: the guest's file systems are not frozen");
+  for (const char* limit : {"0", "60001", "true"})
+    CHECK(m.call("freeze", std::string("{\"limit_ms\": ") + limit + "}")
+              .starts_with("error: limit_ms: allowed is 1 to "));
   FakeHost::Answer frozen;
-  m.begin("freeze", "{}", frozen);
+  m.begin("freeze", "{\"limit_ms\": 2500}", frozen);
   AgentEnd& end = m.ends.back();
   REQUIRE(m.host.run_until([&] { return end.received().size() == 2; }));
   CHECK(end.received()[1].type == Type::freeze);
+  CHECK(end.received()[1].u32() == 2500);
   CHECK(m.call("thaw") == "error: the guest's file systems are not frozen");  // not yet
   end.hello();
   end.done({3});
@@ -481,6 +485,8 @@ TEST_CASE("guest-agent: freeze keeps its connection until thaw") {
   CHECK(m.call("status").find("\"frozen\":true") != std::string::npos);
   SUBCASE("thaw, behind a pause") {
     REQUIRE(m.device->quiesce() == CLONE_OK);
+    CHECK(m.call("thaw") == "error: the machine is paused");
+    CHECK(m.call("status").find("\"frozen\":true") != std::string::npos);
     REQUIRE(m.device->resume() == CLONE_OK);
     FakeHost::Answer thawed;
     m.begin("thaw", "{}", thawed);
@@ -489,6 +495,24 @@ TEST_CASE("guest-agent: freeze keeps its connection until thaw") {
     end.done({3});
     REQUIRE(m.waits_for(thawed));
     CHECK(thawed.text == "{\"file_systems\":3}");
+    CHECK(end.closed());
+  }
+  SUBCASE("they thawed by themselves") {
+    end.send(Type::error, [](Writer& writer) {
+      writer.u32(ETIMEDOUT);
+      writer.u16(0x32);
+      agent_protocol::put_text(writer, "too long");
+    });
+    SUBCASE("and it is noticed") {
+      CHECK(m.host.run_until([&] { return m.call("status").find("\"frozen\":false") != std::string::npos; }));
+      CHECK(m.call("thaw") == "error: the guest's file systems are not frozen");
+    }
+    SUBCASE("while a thaw was on its way") {
+      FakeHost::Answer thawed;
+      m.begin("thaw", "{}", thawed);
+      REQUIRE(m.waits_for(thawed));
+      CHECK(thawed.text == "error: the agent: too long");
+    }
     CHECK(end.closed());
   }
   SUBCASE("the agent goes away") {
@@ -504,16 +528,42 @@ TEST_CASE("guest-agent: freeze keeps its connection until thaw") {
   }
 }
 
+TEST_CASE("guest-agent: a guest without a file system on a disk is not frozen") {
+  Machine m;
+  m.session();
+  FakeHost::Answer frozen;
+  m.begin("freeze", "{}", frozen);
+  AgentEnd& end = m.ends.back();
+  end.hello();
+  end.done({0});
+  REQUIRE(m.waits_for(frozen));
+  CHECK(frozen.text == "{\"file_systems\":0}");
+  CHECK(m.call("status").find("\"frozen\":false") != std::string::npos);
+  CHECK(m.call("thaw") == "error: the guest's file systems are not frozen");
+  CHECK(end.closed());
+}
+
 TEST_CASE("guest-agent: a pause, a restore, a reset") {
   Machine m;
   AgentEnd& first = m.session();
   REQUIRE(m.device->quiesce() == CLONE_OK);
   CHECK(m.host.main_loop_watch_count() == 0);
-  CHECK(m.call("connect") == "error: the machine is paused");
+  for (const auto& [command, json] : Machine::Given{{"connect", "{\"timeout_ms\": 5000}"},
+                                                    {"identity", "{\"hostname\": \"web\"}"},
+                                                    {"freeze", "{}"},
+                                                    {"power", "{\"action\": \"off\"}"}})
+    CHECK_MESSAGE(m.call(command, json) == "error: the machine is paused", command);
   SUBCASE("the agent is asked anew at once; nobody is told of a change that is none") {
     const int changes = m.changes;
     const size_t before = m.ends.size();
+    // Nothing grows old meanwhile.
+    const uint32_t age_ms = m.report().age_ms;
+    m.host.run_until([] { return false; }, 600);
+    CHECK(m.report().age_ms == age_ms);
+    CHECK(m.call("status").find("\"age_ms\":" + std::to_string(age_ms) + ",") != std::string::npos);
     REQUIRE(m.device->resume() == CLONE_OK);
+    CHECK(m.report().age_ms < age_ms + 500);
+    REQUIRE(m.device->resume() == CLONE_OK);  // again changes nothing
     REQUIRE(m.host.run_until([&] { return m.ends.size() > before; }, 50));
     CHECK(first.closed());
     CHECK(m.report().connected == 1);
