@@ -188,19 +188,6 @@ bool GuestMemory::discard(GuestAddress start, uint64_t size_bytes) {
   return true;
 }
 
-uint64_t GuestMemory::resident_bytes() const {
-  constexpr uint64_t part_bytes = 64 * kMiB;
-  std::vector<unsigned char> pages(part_bytes / kPageSize);
-  uint64_t resident = 0;
-  for (const Region& region : regions_)
-    for (uint64_t offset = 0; offset < region.size_bytes; offset += part_bytes) {
-      const uint64_t size_bytes = std::min(part_bytes, region.size_bytes - offset);
-      if (::mincore(region.host + offset, size_bytes, pages.data()) != 0) continue;
-      for (uint64_t page = 0; page < size_bytes / kPageSize; ++page) resident += (pages[page] & 1) * kPageSize;
-    }
-  return resident;
-}
-
 void GuestMemory::mark_dirty(GuestAddress start, uint64_t size_bytes) {
   if (!dirty_->enabled.load(std::memory_order_acquire) || size_bytes == 0) return;
   const size_t index = find_region(start, size_bytes);

@@ -95,9 +95,6 @@ class GuestMemory {
   // unless the range is whole pages of one region. [any]
   [[nodiscard]] bool discard(GuestAddress start, uint64_t size_bytes);
 
-  // How much of it the host holds at the moment. Walks page tables: some milliseconds a GiB. [any]
-  uint64_t resident_bytes() const;
-
   // Dirty pages written by the host side; KVM's own log is apart. Off until enabled, with no mark set: marks then cost
   // one load. Enabling is [control], one caller at a time.
   void enable_dirty_tracking(bool enabled);

@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <charconv>
 #include <string>
 
@@ -76,6 +77,8 @@ Result<MemoryUsage> usage_of(int pid, const char* file, SmapsPart part) {
   MemoryUsage usage = sum_smaps(text, part);
   // KSM is only let at the guest's memory: the number of the process is that of the guest.
   if (!usage.merged_bytes) usage.merged_bytes = merged_of_process(pid);
+  // For smaps a merged page is a shared one, unless nobody else has the like any more.
+  usage.shared_bytes -= std::min(usage.shared_bytes, usage.merged_bytes.value_or(0));
   return usage;
 }
 
@@ -114,6 +117,14 @@ MemoryUsage sum_smaps(std::string_view smaps, SmapsPart part) {
   finish();
   if (part == SmapsPart::everything) return everything;
   return any_named ? named : largest;
+}
+
+std::optional<uint64_t> own_resident_bytes() {
+  const auto text = read_proc(::getpid(), "statm");
+  if (!text.ok()) return std::nullopt;
+  const auto pages = leading_number(std::string_view(*text).substr(std::min(text->find(' '), text->size())));
+  if (!pages) return std::nullopt;
+  return *pages * static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
 }
 
 Result<MemoryUsage> memory_usage(int pid) { return usage_of(pid, "smaps_rollup", SmapsPart::everything); }

@@ -16,13 +16,16 @@ inline constexpr const char* kGuestMemoryName = "clone-guest-memory";
 struct MemoryUsage {
   uint64_t resident_bytes = 0;
   uint64_t private_bytes = 0;  // nobody else maps them: what ends with the process
-  uint64_t shared_bytes = 0;
+  uint64_t shared_bytes = 0;   // without those that KSM merged, where the kernel tells
   std::optional<uint64_t> merged_bytes;  // by KSM; unset where the kernel does not tell
   uint64_t swapped_bytes = 0;
 };
 
 // Of the whole process (/proc/PID/smaps_rollup). Another user's process is an error: EACCES.
 Result<MemoryUsage> memory_usage(int pid);
+
+// What this process has in memory, without a walk over its mappings (/proc/self/statm).
+std::optional<uint64_t> own_resident_bytes();
 
 // Of its guest memory alone (/proc/PID/smaps): the mappings that bear kGuestMemoryName or, where the host's kernel
 // names none, the largest one. Slower: the kernel walks every mapping.

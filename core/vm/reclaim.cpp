@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "clone/sdk/error.hpp"
+#include "memory/usage.hpp"
 #include "plugin/crash_report.hpp"
 #include "util/log.hpp"
 
@@ -84,7 +85,8 @@ void Reclaim::changed() {
   loop_.post([this, alive = alive_] {
     if (!*alive) return;
     changed_ = false;
-    const uint64_t since_ms = monotonic_ms() - decided_ms_;
+    if (paused_since_ms_) return;  // resume() asks again
+    const uint64_t since_ms = now_ms() - decided_ms_;
     if (since_ms >= kLeastBetweenMs) return decide();
     wait(kLeastBetweenMs - since_ms, &Reclaim::decide);
   });
@@ -104,23 +106,28 @@ void Reclaim::look() {
   wait(kAnswerMs, &Reclaim::decide);
 }
 
-clone_balloon_state Reclaim::balloon_state() const {
+void Reclaim::pause() {
+  if (paused_since_ms_) return;
+  paused_since_ms_ = monotonic_ms();
+  loop_.cancel_timer(std::exchange(timer_, 0));
+}
+
+void Reclaim::resume() {
+  if (!paused_since_ms_) return;
+  paused_ms_ += monotonic_ms() - std::exchange(paused_since_ms_, 0);
+  changed();
+}
+
+uint64_t Reclaim::now_ms() const { return (paused_since_ms_ ? paused_since_ms_ : monotonic_ms()) - paused_ms_; }
+
+clone_balloon_state Reclaim::balloon_state() {
   clone_balloon_state state;
   std::memset(&state, 0xff, sizeof state);
   state.size = sizeof state;
   state.ready = 0;
   balloon_.state(balloon_.context, &state);
+  if (std::exchange(balloon_bytes_, state.balloon_bytes) != state.balloon_bytes) steady_since_ms_ = now_ms();
   return state;
-}
-
-// Counting walks page tables, on the main loop: how often is not the guest's to decide.
-uint64_t Reclaim::resident_bytes() {
-  const uint64_t begun_ms = monotonic_ms();
-  if (begun_ms < count_again_ms_) return resident_bytes_;
-  resident_bytes_ = memory_.resident_bytes();
-  const uint64_t ended_ms = monotonic_ms();
-  count_again_ms_ = ended_ms + resident_good_for_ms(ended_ms - begun_ms);
-  return resident_bytes_;
 }
 
 clone_balloon_input Reclaim::input(const clone_balloon_state& balloon) {
@@ -130,14 +137,19 @@ clone_balloon_input Reclaim::input(const clone_balloon_state& balloon) {
   report.connected = 0;
   if (guest_) guest_->report(guest_->context, &report);
   const bool connected = report.connected == 1;
+  // Numbers from before the balloon's last change would count twice what went into it since.
+  const uint64_t steady_ms = now_ms() - steady_since_ms_;
+  const bool driver_counts = balloon.statistics_age_ms == kUnknown || balloon.statistics_age_ms <= steady_ms;
+  const bool program_counts = connected && report.age_ms <= steady_ms;
   const auto known = [&](uint64_t of_driver, uint64_t of_program) {
-    return of_driver != kUnknown ? of_driver : connected ? of_program : kUnknown;
+    if (driver_counts && of_driver != kUnknown) return of_driver;
+    return program_counts ? of_program : kUnknown;
   };
   return {sizeof(clone_balloon_input),
           connected ? report.activity : CLONE_ACTIVITY_UNKNOWN,
-          monotonic_ms(),
+          now_ms(),
           memory_.size_bytes(),
-          resident_bytes(),
+          own_resident_bytes().value_or(kUnknown),
           known(balloon.guest_available_bytes, report.available_bytes),
           known(balloon.guest_free_bytes, report.free_bytes),
           balloon.balloon_bytes,
@@ -147,7 +159,7 @@ clone_balloon_input Reclaim::input(const clone_balloon_state& balloon) {
 
 void Reclaim::decide() {
   if (failed_) return;
-  decided_ms_ = monotonic_ms();
+  decided_ms_ = now_ms();
   const clone_balloon_state balloon = balloon_state();
   if (!balloon.ready) {
     absent_ms_ = std::clamp(absent_ms_ * 2, kFirstAbsentMs, kMostAbsentMs);

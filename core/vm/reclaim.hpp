@@ -3,7 +3,6 @@
 // guest's activity has changed.
 #pragma once
 
-#include <algorithm>
 #include <functional>
 #include <memory>
 #include <string_view>
@@ -17,10 +16,6 @@
 #include "util/result.hpp"
 
 namespace vmm {
-
-// How long the number of resident bytes is good for, that took so long to count: counting takes a hundredth of the time
-// at most.
-constexpr uint64_t resident_good_for_ms(uint64_t took_ms) { return std::max<uint64_t>(10'000, took_ms * 100); }
 
 // Everything on the main loop.
 class Reclaim {
@@ -36,6 +31,9 @@ class Reclaim {
   Reclaim& operator=(const Reclaim&) = delete;
   ~Reclaim();
 
+  // While the machine is paused nothing is decided, and no time goes by for the policy.
+  void pause();
+  void resume();
   // The policy's state. The machine is paused.
   Result<void> save(const clone_writer& writer);
   Result<void> load(const clone_reader& reader);
@@ -48,8 +46,8 @@ class Reclaim {
   void look();
   void decide();
   void wait(uint64_t delay_ms, void (Reclaim::*then)());
-  clone_balloon_state balloon_state() const;
-  uint64_t resident_bytes();
+  uint64_t now_ms() const;
+  clone_balloon_state balloon_state();
   clone_balloon_input input(const clone_balloon_state& balloon);
   template <typename Call>
   Result<void> call(const char* phase, Call&& body);
@@ -65,8 +63,10 @@ class Reclaim {
   uint64_t least_bytes_ = 0;  // what the balloon's owner asked for itself
   uint64_t absent_ms_ = 0;    // how long to wait for the guest's driver
   uint64_t decided_ms_ = 0;
-  uint64_t resident_bytes_ = 0;
-  uint64_t count_again_ms_ = 0;
+  uint64_t balloon_bytes_ = 0;     // when it was last looked at
+  uint64_t steady_since_ms_ = 0;   // since when it was seen to stand so
+  uint64_t paused_ms_ = 0;         // in all pauses that are over
+  uint64_t paused_since_ms_ = 0;   // 0: not paused
   bool changed_ = false;  // a decision is posted
   bool failed_ = false;
   EventLoop::TimerId timer_ = 0;

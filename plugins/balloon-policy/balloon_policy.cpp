@@ -20,24 +20,7 @@ class Policy final : public clone_sdk::BalloonPolicy {
   static const clone_descriptor descriptor;
 
   Result<void> configure(const Options& options) override {
-    const auto seconds = [&](const char* name) { return options.number(name) * 1000; };
-    const auto number = [&](const char* name) { return static_cast<uint32_t>(options.number(name)); };
-    settings_.stages = {{{seconds("first-after"), number("first-share")},
-                         {seconds("second-after"), number("second-share")},
-                         {seconds("last-after"), 100}}};
-    settings_.floor_bytes = options.number("floor");
-    settings_.hold_ms = seconds("hold");
-    settings_.flaps = number("flaps");
-    settings_.flap_window_ms = seconds("flap-window");
-    settings_.flap_hold_ms = seconds("flap-hold");
-    settings_.pressure_stop_permille = number("pressure-stop");
-    settings_.pressure_high_permille = number("pressure-high");
-    settings_.pressure_release_percent = number("pressure-release");
-    settings_.pressure_step_ms = seconds("pressure-step");
-    settings_.silence_ms = seconds("silence");
-    settings_.check_ms = seconds("check");
-    settings_.stall_ms = seconds("stall");
-    settings_.grain_bytes = options.number("grain");
+    settings_ = settings_of(options);
     for (const auto& [earlier, later] : {std::pair("first-after", "second-after"), {"second-after", "last-after"}})
       if (options.number(earlier) > options.number(later))
         return Error{std::string(earlier) + "=" + std::to_string(options.number(earlier)) + " is later than " + later +

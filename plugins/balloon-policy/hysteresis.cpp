@@ -10,6 +10,9 @@ namespace {
 // Of times: far enough is never.
 uint64_t add(uint64_t a, uint64_t b) { return a > kUnknown - b ? kUnknown : a + b; }
 
+// How often a balloon that grows is looked at: as often as the guest's program reports pressure.
+constexpr uint64_t kGrowthMs = 2000;
+
 bool at_least(uint32_t permille, uint32_t limit) { return permille != ~0u && permille >= limit; }
 
 // What the guest could give, balloon and all. Unknown when the guest does not tell.
@@ -22,6 +25,29 @@ uint64_t spare_bytes(const clone_balloon_input& input, uint64_t balloon_bytes, u
 }
 
 }  // namespace
+
+Settings settings_of(const clone_sdk::Options& options) {
+  Settings settings;
+  const auto seconds = [&](const char* name) { return options.number(name) * 1000; };
+  const auto number = [&](const char* name) { return static_cast<uint32_t>(options.number(name)); };
+  settings.stages = {{{seconds("first-after"), number("first-share")},
+                      {seconds("second-after"), number("second-share")},
+                      {seconds("last-after"), 100}}};
+  settings.floor_bytes = options.number("floor");
+  settings.hold_ms = seconds("hold");
+  settings.flaps = number("flaps");
+  settings.flap_window_ms = seconds("flap-window");
+  settings.flap_hold_ms = seconds("flap-hold");
+  settings.pressure_stop_permille = number("pressure-stop");
+  settings.pressure_high_permille = number("pressure-high");
+  settings.pressure_release_percent = number("pressure-release");
+  settings.pressure_step_ms = seconds("pressure-step");
+  settings.silence_ms = seconds("silence");
+  settings.check_ms = seconds("check");
+  settings.stall_ms = seconds("stall");
+  settings.grain_bytes = options.number("grain");
+  return settings;
+}
 
 bool Hysteresis::restore(const Memory& memory, std::vector<uint64_t> changes) {
   const auto past = [&](uint64_t time_ms) { return time_ms <= memory.now_ms; };
@@ -72,6 +98,10 @@ uint64_t Hysteresis::hold_end() const {
   return add(memory_.deflated_ms, flapping ? settings_.flap_hold_ms : settings_.hold_ms);
 }
 
+bool Hysteresis::is_growing() const {
+  return add(memory_.balloon_bytes, settings_.grain_bytes) <= memory_.target_bytes;
+}
+
 void Hysteresis::deflate_to(uint64_t bytes) {
   if (bytes >= memory_.target_bytes) return;
   memory_.target_bytes = bytes;
@@ -103,8 +133,8 @@ void Hysteresis::note_balloon(uint64_t balloon_bytes) {
   if (balloon_bytes != before || !memory_.decided) memory_.balloon_changed_ms = now();
   // The guest took some back that it was not given (out of memory), or cannot give what it was asked for.
   const bool taken_back = balloon_bytes < before && before <= memory_.target_bytes;
-  const bool stalled = balloon_bytes == before && now() - memory_.balloon_changed_ms >= settings_.stall_ms &&
-                       add(balloon_bytes, settings_.grain_bytes) <= memory_.target_bytes;
+  const bool stalled =
+      balloon_bytes == before && now() - memory_.balloon_changed_ms >= settings_.stall_ms && is_growing();
   if (memory_.decided && (taken_back || stalled)) deflate_to(balloon_bytes);
 }
 
@@ -118,6 +148,8 @@ clone_balloon_output Hysteresis::decide(const clone_balloon_input& input) {
   const bool pressed_hard = at_least(input.pressure_some_permille, settings_.pressure_high_permille) ||
                             at_least(input.pressure_full_permille, (settings_.pressure_high_permille + 1) / 2);
   const bool pressed = pressed_hard || at_least(input.pressure_some_permille, settings_.pressure_stop_permille);
+  // What is still under way goes no further.
+  if ((pressed || is_silent()) && is_growing()) deflate_to(balloon_bytes);
   if (input.activity == CLONE_ACTIVITY_ACTIVE) {
     deflate_to(0);
   } else if (pressed_hard || is_silent()) {
@@ -132,8 +164,7 @@ clone_balloon_output Hysteresis::decide(const clone_balloon_input& input) {
     // What the guest has left falls below the floor: it needs some again, at any stage.
     if (add(spare, settings_.grain_bytes) <= memory_.target_bytes) deflate_to(spare);
     // The next step when the last one is done: until then, the guest's numbers are of the time before.
-    const bool settled = add(balloon_bytes, settings_.grain_bytes) > memory_.target_bytes;
-    if (settled && !pressed && !is_holding() && wanted >= add(memory_.target_bytes, settings_.grain_bytes)) {
+    if (!is_growing() && !pressed && !is_holding() && wanted >= add(memory_.target_bytes, settings_.grain_bytes)) {
       memory_.target_bytes = wanted;
       memory_.balloon_changed_ms = now();
     }
@@ -153,7 +184,7 @@ uint32_t Hysteresis::wake_ms() const {
   }
   if (memory_.target_bytes || percent()) at(add(now(), settings_.check_ms));
   if (memory_.target_bytes) {
-    if (memory_.balloon_bytes < memory_.target_bytes) at(add(now(), settings_.stall_ms));
+    if (is_growing()) at(add(now(), std::min(settings_.stall_ms, kGrowthMs)));
     if (silent_since_ms_ != kUnknown) at(add(silent_since_ms_, settings_.silence_ms));
     if (memory_.released_ms != kUnknown) at(add(memory_.released_ms, settings_.pressure_step_ms));
   }

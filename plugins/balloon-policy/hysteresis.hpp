@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "clone/abi/balloon_policy.h"
+#include "clone/sdk/options.hpp"
 
 namespace balloon_policy {
 
@@ -35,6 +36,8 @@ struct Settings {
   uint64_t stall_ms = 10'000;              // a balloon that does not grow for so long gets no further
   uint64_t grain_bytes = 4ull << 20;       // smaller changes are not worth it
 };
+
+Settings settings_of(const clone_sdk::Options& options);
 
 // Everything that is remembered between two decisions.
 struct Memory {
@@ -66,6 +69,8 @@ class Hysteresis {
   void note_activity(uint32_t activity);
   void note_balloon(uint64_t balloon_bytes);
   void deflate_to(uint64_t bytes);
+  // The guest has not given all that it was asked for.
+  bool is_growing() const;
   bool is_holding() const { return now() < hold_end(); }
   uint64_t hold_end() const;
   uint64_t now() const { return memory_.now_ms; }

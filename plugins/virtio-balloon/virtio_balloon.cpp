@@ -258,6 +258,12 @@ class VirtioBalloon final : public clone_sdk::VirtioDeviceOf<kDeviceType> {
     uint64_t free_bytes = kUnknown;
     uint64_t available_bytes = kUnknown;
     uint64_t total_bytes = kUnknown;
+    Clock::time_point told_at{};
+
+    uint64_t age_ms() const {
+      return static_cast<uint64_t>(
+          std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - told_at).count());
+    }
   };
   enum class HintRound { none, asked, running };
 
@@ -305,7 +311,7 @@ class VirtioBalloon final : public clone_sdk::VirtioDeviceOf<kDeviceType> {
     ask_for_statistics();
     return {sizeof(clone_balloon_state), port_ ? 1u : 0u,        target_pages_ * kPageBytes,
             config_.actual * kPageBytes, reported_bytes_,        statistics_.free_bytes,
-            statistics_.available_bytes, statistics_.total_bytes};
+            statistics_.available_bytes, statistics_.total_bytes, statistics_.age_ms()};
   }
 
   // With mutex_ held. The answer is there the next time that somebody asks: an idle guest is not woken for nobody.
@@ -579,6 +585,7 @@ class VirtioBalloon final : public clone_sdk::VirtioDeviceOf<kDeviceType> {
       if (rows[i].tag == VIRTIO_BALLOON_S_MEMTOT) told.total_bytes = rows[i].value;
       if (rows[i].tag == VIRTIO_BALLOON_S_AVAIL) told.available_bytes = rows[i].value;
     }
+    told.told_at = Clock::now();
     const std::lock_guard lock(mutex_);
     statistics_ = told;
   }

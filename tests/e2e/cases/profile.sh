@@ -24,3 +24,6 @@ cd elsewhere # paths in a profile start at its folder
 ends_with 0 run_clone --profile plan.yaml
 check_machine "$KERNEL_CLOUD" 256 2
 [[ $(told cmdline) == *" quiet one=1" ]] || fail "command line: $(told cmdline)"
+# The profile for tenants who must not learn of each other.
+"$CLONE" run --profile "$(dirname "${BASH_SOURCE[0]}")/../../../configs/hardened.yaml" --dry-run >hardened.yaml
+contains hardened.yaml 'ksm: off'

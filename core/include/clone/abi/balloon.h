@@ -22,6 +22,7 @@ typedef struct clone_balloon_state {
   uint64_t guest_free_bytes;    /* the statistics of the guest's driver */
   uint64_t guest_available_bytes;
   uint64_t guest_total_bytes;
+  uint64_t statistics_age_ms;   /* since the guest's driver told them */
 } clone_balloon_state;
 
 typedef struct clone_balloon {

@@ -23,9 +23,9 @@ typedef struct clone_balloon_input {
   uint32_t activity;
   uint64_t now_ms; /* monotonic, from any start; never runs backwards */
   uint64_t memory_bytes;
-  uint64_t resident_bytes; /* of the guest's memory, on the host; some seconds old */
-  uint64_t guest_available_bytes;
-  uint64_t guest_free_bytes;
+  uint64_t resident_bytes; /* of the VM's process, on the host */
+  uint64_t guest_available_bytes; /* told while the balloon stood as it stands; otherwise not known */
+  uint64_t guest_free_bytes;      /* likewise */
   uint64_t balloon_bytes;  /* as it stands */
   uint32_t pressure_some_permille; /* PSI memory, 10 s average */
   uint32_t pressure_full_permille;
