@@ -330,11 +330,29 @@ bool Machine::read_guest(clone_guest_report& report) const {
   return guest != nullptr;
 }
 
-bool Machine::pause() { return vcpus_->pause_all(); }
+Result<void> Machine::pause() {
+  if (!vcpus_->pause_all()) return Error{"the machine is coming to its end", 0, CLONE_ERR_STATE};
+  if (reclaim_) reclaim_->pause();
+  for (Instance& instance : instances_) {
+    auto quiesced = call_plugin(instance, "while it was quiesced",
+                                [&](clone_err* err) { return instance.ops.quiesce(instance.device, err); });
+    instance.quiesced = quiesced.ok();
+    if (quiesced.ok()) continue;
+    TRY(resume());
+    return std::move(quiesced).error();
+  }
+  return {};
+}
 
-void Machine::resume() {
+Result<void> Machine::resume() {
+  for (Instance& instance : instances_)
+    if (std::exchange(instance.quiesced, false))
+      TRY(call_plugin(instance, "while it was resumed",
+                      [&](clone_err* err) { return instance.ops.resume(instance.device, err); }));
+  if (reclaim_) reclaim_->resume();
   for (size_t i = 0; i < vcpus_->count(); ++i) vcpus_->vcpu(i).tell_paused();
   vcpus_->resume_all();
+  return {};
 }
 
 void Machine::end(Ending ending, std::string detail) {

@@ -44,6 +44,7 @@ struct Instance : HostContext {
   HostHandle host;
   clone_device_ops ops{};
   void* device = nullptr;
+  bool quiesced = false;
   std::mutex mutex;  // PCI BARs are claimed by vCPU threads
   std::map<uint64_t, Bus::Claim> claims;
   uint64_t next_claim = 1;
@@ -77,9 +78,10 @@ class Machine {
   Timing::Clock::time_point first_instruction() const;
   // By the power button, and by the program in the guest that listens to us. An error when there is neither.
   Result<void> ask_to_power_off();
-  // The vCPUs stand still; devices go on with what they were told. False when the guest has come to its end.
-  bool pause();
-  void resume();
+  // The vCPUs stand still, devices have done what they were told and wait, no time goes by for the balloon policy. An
+  // error, and the machine runs on, when the guest has come to its end or a device cannot stand still.
+  Result<void> pause();
+  Result<void> resume();
 
   // What devices publish of the guest. False when none does.
   bool read_balloon(clone_balloon_state& state) const;

@@ -79,7 +79,7 @@ class Run {
   void end(Ending how, const std::string& detail);
   void on_signal();
   void ask_to_stop(std::chrono::milliseconds grace);
-  bool pause();
+  Result<void> pause();
   void resume();
   boost::json::object info() const;
   const char* state() const { return ending_ ? "ended" : requests_ > 0 ? "stopping" : paused_ ? "paused" : "running"; }
@@ -117,7 +117,7 @@ Result<void> Run::add_methods() {
   };
   TRY(add("vm.info", "What this VM is and does.", [this](const json::object&, Reply reply) { reply.succeed(info()); }));
   TRY(add("vm.pause", "Stops the virtual processors until vm.resume.", [this](const json::object&, Reply reply) {
-    if (!pause()) return reply.fail("the machine is coming to its end");
+    if (const auto paused = pause(); !paused.ok()) return reply.fail(paused.error().message);
     reply.succeed(info());
   }));
   TRY(add("vm.resume", "Lets the virtual processors go on.", [this](const json::object&, Reply reply) {
@@ -216,17 +216,19 @@ void Run::end(Ending how, const std::string& detail) {
   loop_.stop();
 }
 
-bool Run::pause() {
-  if (paused_) return true;
-  if (ending_ || !machine_->pause()) return false;
+Result<void> Run::pause() {
+  if (paused_) return {};
+  if (ending_) return Error{"the machine has ended", 0, CLONE_ERR_STATE};
+  TRY(machine_->pause());
   paused_ = true;
   if (control_) control_->notify("vm.paused", {});
-  return true;
+  return {};
 }
 
+// A machine with a device that does not go on is of no use to its guest.
 void Run::resume() {
   if (!std::exchange(paused_, false)) return;
-  machine_->resume();
+  if (const auto resumed = machine_->resume(); !resumed.ok()) return end(Ending::kvm_failed, resumed.error().message);
   if (control_) control_->notify("vm.resumed", {});
 }
 
