@@ -112,14 +112,15 @@ for vm in now["vms"]:
         raise SystemExit(f"{vm['name']}: private bytes of smaps and of status differ by so many pages: {differences}")
 say("status and smaps agree")
 
-# One gets busy.
+# One gets busy, and uses more than it has left.
 vm = now["vms"][4]
 call = control(vm)
 before = call("vm.balloon")["balloon_bytes"]
 others = {other["pid"]: other["balloon"]["balloon_bytes"] for other in now["vms"] if other is not vm}
 asked = time.monotonic()
-load = subprocess.Popen([CLONE, "exec", "--vm-id", vm["id"], "--", "sh", "-c", "exec dd if=/dev/urandom of=/dev/null bs=64k"],
-                        stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+execute = [CLONE, "exec", "--vm-id", vm["id"], "--"]
+work = "dd if=/dev/zero of=/dev/fill bs=64k count=640 && exec dd if=/dev/urandom of=/dev/null bs=64k"
+load = subprocess.Popen([*execute, "sh", "-c", work], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 moments = {}
 while "has all of its memory" not in moments:
     guest, balloon, moment = call("vm.guest"), call("vm.balloon"), time.monotonic() - asked
@@ -136,3 +137,5 @@ assert moments["has all of its memory"] - moments["is told to be active"] < 2
 assert load.poll() is None
 load.terminate()
 load.wait()
+written = subprocess.run([*execute, "stat", "-c", "%s", "/dev/fill"], check=True, capture_output=True, text=True).stdout
+assert int(written) == 40 * MIB, written

@@ -13,7 +13,7 @@ background=()
 trap 'for process in "${background[@]}"; do kill "$process" 2>/dev/null || true; done' EXIT # some may have ended
 
 cc -O1 -static -o list-tree "$here/list-tree.c"
-# As an agent the program is called without arguments.
+# As an agent the program is called without arguments. Debian gets the real one.
 agent=$WORK/list-tree
 
 program=$(dirname "$CLONE")/../libexec/clone/clone-rootfs
@@ -22,9 +22,9 @@ program=$(dirname "$CLONE")/../libexec/clone/clone-rootfs
 debian_image=$FIXTURES/rootfs-debian.img
 ssh_key='ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAe0b0ZkV0Zf0m1R3g0o3v2Xq7P1mXx8bq9s2cWJz0Qk test'
 debian=''
-if [[ ! $debian_image -nt $program ]]; then
+if [[ ! $debian_image -nt $program || ! $debian_image -nt ${program%rootfs}agent ]]; then
   echo "$ssh_key" >key.pub
-  "$CLONE" rootfs create --distro debian --hostname web --ssh-key key.pub --package less --agent "$agent" --force -o "$debian_image" \
+  "$CLONE" rootfs create --distro debian --hostname web --ssh-key key.pub --package less --force -o "$debian_image" \
     </dev/null 2>debian-messages &
   debian=$!
   background+=("$debian")
