@@ -1,11 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The header of a vsock packet (virtio 1.2 §5.10.6) in the host's byte order.
+// A vsock packet in a chain: its header (virtio 1.2 §5.10.6) in the host's byte order, and its payload.
 #pragma once
 
 #include <endian.h>
 #include <linux/virtio_vsock.h>
+#include <sys/uio.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <span>
+#include <vector>
+
+#include "clone/abi/virtqueue.h"
 
 namespace virtio_vsock {
 
@@ -35,6 +42,18 @@ inline virtio_vsock_hdr encode(const Packet& packet) {
           htole32(packet.destination_port), htole32(packet.size_bytes),      htole16(packet.type),
           htole16(packet.operation),        htole32(packet.flags),           htole32(packet.buffer_bytes),
           htole32(packet.forwarded_bytes)};
+}
+
+// The segments of a chain without the header that they begin with.
+inline void payload_of(std::span<const clone_segment> segments, std::vector<iovec>& parts) {
+  parts.clear();
+  size_t skip = sizeof(virtio_vsock_hdr);
+  for (const clone_segment& segment : segments) {
+    const size_t skipped = std::min<size_t>(skip, segment.size_bytes);
+    skip -= skipped;
+    if (segment.size_bytes > skipped)
+      parts.push_back({static_cast<std::byte*>(segment.host_address) + skipped, segment.size_bytes - skipped});
+  }
 }
 
 }  // namespace virtio_vsock

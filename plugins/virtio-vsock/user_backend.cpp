@@ -56,6 +56,10 @@ bool is_scarce(int fd) {
   return ::getrlimit(RLIMIT_NOFILE, &limit) == 0 && static_cast<rlim_t>(fd) + kReservedStreams >= limit.rlim_cur;
 }
 
+std::chrono::milliseconds steady_now() {
+  return std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now().time_since_epoch());
+}
+
 // "CONNECT 1234": 1234.
 std::optional<uint32_t> parse_greeting(std::string_view line) {
   constexpr std::string_view kCommand = "CONNECT ";
@@ -72,18 +76,6 @@ uint32_t random_number() {
   uint32_t number = 0;
   if (::getrandom(&number, sizeof number, 0) != sizeof number) number = 0x5eed;
   return number;
-}
-
-// The segments without the header that they begin with.
-void payload_of(std::span<const clone_segment> segments, std::vector<iovec>& parts) {
-  parts.clear();
-  size_t skip = sizeof(virtio_vsock_hdr);
-  for (const clone_segment& segment : segments) {
-    const size_t skipped = std::min<size_t>(skip, segment.size_bytes);
-    skip -= skipped;
-    if (segment.size_bytes > skipped)
-      parts.push_back({static_cast<std::byte*>(segment.host_address) + skipped, segment.size_bytes - skipped});
-  }
 }
 
 }  // namespace
@@ -291,6 +283,10 @@ Result<void> UserBackend::resume() {
     clone_sdk::ErrorBuffer error;
     CLONE_TRY(error.result(loop_table_->create(host_.raw(), "vsock", &loop_, error)));
   }
+  {
+    std::lock_guard lock(mutex_);
+    if (still_since_) still_for_ += steady_now() - *std::exchange(still_since_, std::nullopt);
+  }
   watch_ =
       CLONE_TRY(clone_sdk::Watch::start<&UserBackend::serve>(loop_table_, loop_, epoll_.get(), CLONE_READABLE, this));
   wake();
@@ -300,6 +296,8 @@ Result<void> UserBackend::resume() {
 // Nothing is taken from a queue and not given back between rounds.
 Result<void> UserBackend::quiesce() {
   watch_.stop();
+  std::lock_guard lock(mutex_);
+  if (!still_since_) still_since_ = steady_now();
   return {};
 }
 
@@ -426,9 +424,7 @@ void UserBackend::arm_timer() {
   timer_period_ = period;
 }
 
-std::chrono::milliseconds UserBackend::now() {
-  return std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now().time_since_epoch());
-}
+std::chrono::milliseconds UserBackend::now() { return still_since_.value_or(steady_now()) - still_for_; }
 
 std::unique_ptr<Partner> UserBackend::dial(uint32_t host_port) {
   if (directory_ < 0 || full(PortRange::ordinary)) return nullptr;

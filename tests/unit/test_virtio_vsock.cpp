@@ -681,6 +681,19 @@ TEST_CASE("virtio-vsock: pausing keeps streams, loading ends them and tells the 
   }
 }
 
+TEST_CASE("virtio-vsock: the time of a pause is nobody's") {
+  VsockRig rig;
+  rig.start();
+  const clone_sdk::Fd slow = rig.client("CONN");  // it has 5 s
+  rig.settle();
+  REQUIRE(rig.device().quiesce() == CLONE_OK);
+  ::usleep(5'100'000);
+  REQUIRE(rig.device().resume() == CLONE_OK);
+  rig.settle();
+  send_all(slow.get(), "ECT 90\n");
+  CHECK(rig.wait([&] { return rig.find(90); }));
+}
+
 TEST_CASE("virtio-vsock: without a VM directory there are no sockets, and all else works") {
   VsockRig rig({{"backend", "user"}}, false);
   rig.start();
