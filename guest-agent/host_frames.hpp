@@ -74,6 +74,20 @@ inline std::optional<Hello> read_hello(const Frame& frame) {
   return hello;
 }
 
+// Nothing when it is too short; a later version may have fields behind these.
+inline std::optional<Report> read_report(const Frame& frame) {
+  Reader reader = frame.reader();
+  Report report;
+  for (uint32_t* field :
+       {&report.activity, &report.process_count, &report.load_permille, &report.run_queue, &report.cpu_permille,
+        &report.pressure_some_permille, &report.pressure_full_permille, &report.reserved})
+    *field = reader.u32();
+  for (uint64_t* field : {&report.total_bytes, &report.free_bytes, &report.available_bytes, &report.uptime_ms})
+    *field = reader.u64();
+  if (reader.failed()) return std::nullopt;
+  return report;
+}
+
 struct Failure {
   uint32_t code;  // an errno value of Linux, 0 for none
   std::string message;

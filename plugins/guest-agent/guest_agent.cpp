@@ -191,17 +191,10 @@ class GuestAgent::Session final : public Conversation {
   Result<void> received(const Frame& frame) override {
     if (frame.type == Type::error) return Error{"watch: " + protocol::read_failure(frame).message};
     if (frame.type != Type::report) return {};  // of a later version
-    protocol::Reader reader = frame.reader();
-    protocol::Report report;
-    for (uint32_t* field :
-         {&report.activity, &report.process_count, &report.load_permille, &report.run_queue, &report.cpu_permille,
-          &report.pressure_some_permille, &report.pressure_full_permille, &report.reserved})
-      *field = reader.u32();
-    for (uint64_t* field : {&report.total_bytes, &report.free_bytes, &report.available_bytes, &report.uptime_ms})
-      *field = reader.u64();
-    if (reader.failed()) return Error{"the agent sent a report that is too short"};
+    const auto report = protocol::read_report(frame);
+    if (!report) return Error{"the agent sent a report that is too short"};
     set_deadline_ms(now_ms() + device_.timeout_ms_ + 2 * device_.interval_ms_);
-    device_.reported(report);
+    device_.reported(*report);
     return {};
   }
   void ended(const Error& why) override { device_.lost(why); }
