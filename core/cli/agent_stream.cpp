@@ -8,7 +8,7 @@ namespace vmm {
 
 Result<AgentOf> open_agent(const std::string& vm, const AnswerLimit& limit) {
   const InstanceRecord instance = TRY(find_instance(vm));
-  ControlClient client = TRY(ControlClient::connect(instance));
+  ControlClient client = TRY(ControlClient::connect(instance, limit.left()));
   const auto left = limit.left();
   // The VM itself gives up in time; more than that only one that hangs needs.
   auto reply = client.call("guest-agent.connect", {{"timeout_ms", left.count()}}, left + std::chrono::seconds(1));

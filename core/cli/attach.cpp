@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // `clone attach` and `clone logs`: a VM's console, with and without a keyboard.
 #include <fcntl.h>
-#include <poll.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -11,14 +10,13 @@
 
 #include "cli/command.hpp"
 #include "cli/vm_option.hpp"
+#include "console/attachment.hpp"
 #include "console/terminal.hpp"
 #include "util/local_socket.hpp"
 #include "util/log.hpp"
 
 namespace vmm {
 namespace {
-
-constexpr char kLeave = 0x11;  // Ctrl-Q
 
 Result<Fd> connect_console(const InstanceRecord& instance) {
   const Fd directory(::open(instance.directory.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
@@ -36,44 +34,10 @@ bool write_all(int fd, std::string_view bytes) {
   return true;
 }
 
-enum class Left { by_user, machine_ended, output_gone };
-
-enum class Typing { sent, only_to_leave };
-
-// Until the user leaves or the machine ends. `input` may be -1.
-Left carry(int socket, int input, int output, Typing typing) {
-  char bytes[16 * 1024];
-  while (true) {
-    pollfd wanted[] = {{socket, POLLIN, 0}, {input, POLLIN, 0}};
-    if (::poll(wanted, 2, -1) < 0) {
-      if (errno == EINTR) continue;
-      return Left::by_user;
-    }
-    if (wanted[0].revents) {
-      const ssize_t count = ::read(socket, bytes, sizeof bytes);
-      if (count <= 0 && !(count < 0 && errno == EINTR)) return Left::machine_ended;
-      if (count > 0 && !write_all(output, {bytes, static_cast<size_t>(count)})) return Left::output_gone;
-    }
-    if (input >= 0 && wanted[1].revents) {
-      const ssize_t count = ::read(input, bytes, sizeof bytes);
-      if (count < 0 && errno == EINTR) continue;
-      if (count <= 0) {  // the end of a pipe: what is printed still counts
-        if (typing == Typing::sent) ::shutdown(socket, SHUT_WR);
-        input = -1;
-        continue;
-      }
-      const std::string_view typed(bytes, static_cast<size_t>(count));
-      const size_t leave = typed.find(kLeave);
-      if (typing == Typing::sent && !write_all(socket, typed.substr(0, leave))) return Left::machine_ended;
-      if (leave != std::string_view::npos) return Left::by_user;
-    }
-  }
-}
-
 // The process that types instead of us, if one does.
-int other_writer(ControlClient& client) {
-  auto answer = client.call("console.clients");
-  const auto* clients = answer.ok() ? answer->result.if_array() : nullptr;
+Result<int> other_writer(ControlClient& client) {
+  const auto answer = TRY(client.call("console.clients"));
+  const auto* clients = answer.result.if_array();
   if (!clients) return 0;
   for (const auto& entry : *clients) {
     const auto* fields = entry.if_object();
@@ -83,6 +47,13 @@ int other_writer(ControlClient& client) {
       return static_cast<int>(pid->get_int64());
   }
   return 0;
+}
+
+// Behind a console that hung up: a VM that answers has not ended, but has turned us away.
+Result<void> check_ended(Contact& vm) {
+  const auto answer = vm.client.call("vm.info");
+  if (answer.ok()) return Error{"VM " + vm.instance.name + ": it closed the console; the last line says why"};
+  return answer.error().code == ECONNRESET ? Result<void>() : answer.error();
 }
 
 }  // namespace
@@ -101,8 +72,10 @@ ExitCode attach_command(const Arguments& arguments) {
   ::signal(SIGPIPE, SIG_IGN);
   if (read_only) {
     ::shutdown(socket->get(), SHUT_WR);
-  } else if (const int pid = other_writer(found->client)) {
-    log_warning("process " + std::to_string(pid) + " types there already; you watch until it leaves");
+  } else {
+    const auto pid = other_writer(found->client);
+    if (!pid.ok()) return fail(pid.error());
+    if (*pid) log_warning("process " + std::to_string(*pid) + " types there already; you watch until it leaves");
   }
   const bool interactive = ::isatty(STDIN_FILENO) != 0;
   if (interactive) std::fprintf(stderr, "attached to %s; Ctrl-Q leaves\n", found->instance.name.c_str());
@@ -111,10 +84,12 @@ ExitCode attach_command(const Arguments& arguments) {
     Terminal terminal(STDIN_FILENO);
     terminal.enter_raw();
     // A watcher's terminal is read too: for Ctrl-Q.
-    left = carry(socket->get(), STDIN_FILENO, STDOUT_FILENO, read_only ? Typing::only_to_leave : Typing::sent);
+    left = carry_console(socket->get(), STDIN_FILENO, STDOUT_FILENO, read_only ? Typing::only_to_leave : Typing::sent);
   }
+  if (left == Left::hung_up)
+    if (const auto ended = check_ended(*found); !ended.ok()) return fail(ended.error());
   if (interactive)
-    std::fprintf(stderr, "\r\n%s\n", left == Left::machine_ended ? "the VM has ended" : "left; the VM runs on");
+    std::fprintf(stderr, "\r\n%s\n", left == Left::hung_up ? "the VM has ended" : "left; the VM runs on");
   return ExitCode::success;
 }
 
@@ -135,8 +110,9 @@ ExitCode logs_command(const Arguments& arguments) {
     auto socket = connect_console(found->instance);
     if (!socket.ok()) return fail(socket.error());
     ::shutdown(socket->get(), SHUT_WR);
-    carry(socket->get(), -1, STDOUT_FILENO, Typing::only_to_leave);
-    return ExitCode::success;
+    const Left left = carry_console(socket->get(), -1, STDOUT_FILENO, Typing::only_to_leave);
+    const Result<void> ended = left == Left::hung_up ? check_ended(*found) : Result<void>();
+    return ended.ok() ? ExitCode::success : fail(ended.error());
   }
   auto answer = found->client.call(of_vmm ? "log.read" : "console.read");
   if (!answer.ok()) return fail(answer.error());

@@ -21,7 +21,7 @@ std::vector<VmOverview> survey(const std::vector<InstanceRecord>& instances, Det
     vm.record = record;
     vm.uptime_ms = std::max<int64_t>(0, now_ms - record.started_ms);
     vm.state = "not answering";
-    auto client = ControlClient::connect(record);
+    auto client = ControlClient::connect(record, kPatience);
     if (!client.ok() && (client.error().code == ENOENT || client.error().code == ECONNREFUSED)) {
       vm.state = "starting";  // its directory is made before its sockets; or it has just gone
     } else if (client.ok()) {

@@ -61,7 +61,13 @@ void ConsoleWatchers::accept_watchers() {
   Fd socket = accept_client(socket_.get());
   if (!socket) return;
   const Peer peer = peer_of(socket.get());
-  if (!peer.trusted || watchers_.size() >= kMaxWatchers) return;
+  if (!peer.trusted || watchers_.size() >= kMaxWatchers) {
+    const std::string why =
+        peer.trusted ? std::to_string(kMaxWatchers) + " are attached to this console already" : "not allowed";
+    const std::string line = "clone: " + why + "\r\n";
+    ::send(socket.get(), line.data(), line.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+    return;
+  }
 
   auto output = std::make_unique<OutputStream>(socket.get(), std::chrono::milliseconds(0));
   if (!output->start()) return;

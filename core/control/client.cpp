@@ -13,10 +13,10 @@ namespace {
 constexpr size_t kMaxLineBytes = 16 << 20;
 }
 
-Result<ControlClient> ControlClient::connect(const InstanceRecord& instance) {
+Result<ControlClient> ControlClient::connect(const InstanceRecord& instance, Milliseconds limit) {
   const Fd directory(::open(instance.directory.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
   if (!directory) return errno_error(instance.directory).context("VM " + instance.name);
-  Fd socket = TRY(connect_in(directory.get(), "control.sock").context("VM " + instance.name));
+  Fd socket = TRY(connect_in(directory.get(), "control.sock", limit).context("VM " + instance.name));
   return ControlClient(std::move(socket), instance.name);
 }
 
@@ -30,6 +30,8 @@ Result<ControlClient::Reply> ControlClient::call(std::string_view method, boost:
   for (size_t sent = 0; sent < line.size();) {
     const ssize_t count = ::send(socket_.get(), line.data() + sent, line.size() - sent, MSG_NOSIGNAL);
     if (count < 0 && errno == EINTR) continue;
+    if (count < 0 && errno == EAGAIN) return Error{"VM " + name_ + ": it does not read", ETIMEDOUT};
+    if (count < 0 && errno == EPIPE) break;  // it may have said why
     if (count < 0) return errno_error("VM " + name_);
     sent += static_cast<size_t>(count);
   }
@@ -37,8 +39,11 @@ Result<ControlClient::Reply> ControlClient::call(std::string_view method, boost:
     boost::json::value answer = TRY(next_line(end));
     const auto* object = answer.if_object();
     const auto* answered = object ? object->if_contains("id") : nullptr;
-    if (!answered || !answered->is_int64() || answered->get_int64() != id) continue;  // a notification
-    if (const auto* error = object->if_contains("error")) {
+    const auto* error = object ? object->if_contains("error") : nullptr;
+    // An error without an id is about all that we ask: too many clients, for one. The rest are notifications.
+    const bool refused = error && answered && answered->is_null();
+    if (!refused && (!answered || !answered->is_int64() || answered->get_int64() != id)) continue;
+    if (error) {
       const auto* fields = error->if_object();
       const auto* message = fields ? fields->if_contains("message") : nullptr;
       return Error{"VM " + name_ + ": " +
@@ -82,8 +87,8 @@ Result<boost::json::value> ControlClient::next_line(std::chrono::steady_clock::t
     message.msg_controllen = sizeof control;
     const ssize_t count = ::recvmsg(socket_.get(), &message, MSG_CMSG_CLOEXEC);
     if (count < 0 && errno == EINTR) continue;
-    if (count < 0) return errno_error("VM " + name_);
-    if (count == 0) return Error{"VM " + name_ + ": it has ended", ECONNRESET};
+    if (count < 0 && errno != ECONNRESET) return errno_error("VM " + name_);
+    if (count <= 0) return Error{"VM " + name_ + ": it has ended", ECONNRESET};
     for (cmsghdr* header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header))
       if (header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS &&
           header->cmsg_len == CMSG_LEN(sizeof(int))) {

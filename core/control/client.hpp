@@ -21,7 +21,8 @@ class ControlClient {
     Fd fd;  // that came with the answer, if one did
   };
 
-  static Result<ControlClient> connect(const InstanceRecord& instance);
+  // The limit holds for the sending of each call, too.
+  static Result<ControlClient> connect(const InstanceRecord& instance, Milliseconds limit = Milliseconds(10'000));
 
   // The error of a method that failed is the VM's own message.
   Result<Reply> call(std::string_view method, boost::json::object parameters = {},

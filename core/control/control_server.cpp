@@ -25,7 +25,6 @@ constexpr size_t kMaxClients = 128;
 constexpr size_t kMaxLineBytes = 1 << 20;
 constexpr size_t kMaxUnsentBytes = 4 << 20;  // more: the client does not read, and goes
 constexpr unsigned kReadsPerRound = 16;
-constexpr auto kHalfLineLimit = std::chrono::seconds(30);  // for the rest of a line that has begun
 constexpr size_t kMaxDepth = 32;
 
 // JSON-RPC 2.0 §5.1
@@ -214,7 +213,7 @@ void ControlServer::serve(const std::shared_ptr<Client>& client, uint32_t events
     }
   }
   if (!client->gone && !client->received.empty() && slow_timer_ == 0)
-    slow_timer_ = loop_.add_timer(kHalfLineLimit, [this] { drop_slow(); });
+    slow_timer_ = loop_.add_timer(line_limit_, [this] { drop_slow(); });
 }
 
 void ControlServer::drop_slow() {
@@ -223,12 +222,12 @@ void ControlServer::drop_slow() {
   bool left = false;
   for (const auto& client : clients) {
     if (client->received.empty()) continue;
-    if (Client::Clock::now() - client->line_began >= kHalfLineLimit)
-      refuse(client, kInvalidRequest, "the request did not end within 30 seconds", nullptr);
+    if (Client::Clock::now() - client->line_began >= line_limit_)
+      refuse(client, kInvalidRequest, "the request did not end in its time", nullptr);
     else
       left = true;
   }
-  if (left) slow_timer_ = loop_.add_timer(kHalfLineLimit, [this] { drop_slow(); });
+  if (left) slow_timer_ = loop_.add_timer(line_limit_, [this] { drop_slow(); });
 }
 
 // A request that breaks the protocol is the client's last.
@@ -351,9 +350,7 @@ json::value ControlServer::discover() const {
   for (const auto& [name, method] : methods_) methods.push_back({{"name", name}, {"summary", method.help}});
   methods.push_back(
       {{"name", "events.subscribe"}, {"summary", "Sends notifications over this connection from now on."}});
-  return json::object{{"openrpc", "1.3.2"},
-                      {"info", {{"title", "clone"}, {"version", CLONE_VERSION}}},
-                      {"methods", std::move(methods)}};
+  return json::object{{"version", CLONE_VERSION}, {"methods", std::move(methods)}};
 }
 
 }  // namespace vmm

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <boost/json.hpp>
+#include <chrono>
 #include <functional>
 #include <list>
 #include <map>
@@ -52,8 +53,9 @@ class ControlServer {
     std::function<double()> read;
   };
 
-  // `socket` listens. The loop lasts longer.
-  ControlServer(EventLoop& loop, Fd socket) : loop_(loop), socket_(std::move(socket)) {}
+  // `socket` listens. The loop lasts longer. `line_limit`: for the rest of a line that has begun.
+  ControlServer(EventLoop& loop, Fd socket, std::chrono::milliseconds line_limit = std::chrono::seconds(30))
+      : loop_(loop), socket_(std::move(socket)), line_limit_(line_limit) {}
   ControlServer(const ControlServer&) = delete;
   ControlServer& operator=(const ControlServer&) = delete;
   ~ControlServer();
@@ -92,6 +94,7 @@ class ControlServer {
 
   EventLoop& loop_;
   Fd socket_;
+  const std::chrono::milliseconds line_limit_;
   std::list<std::shared_ptr<Client>> clients_;
   std::map<std::string, Method, std::less<>> methods_;
   std::vector<std::pair<std::string, Metric>> metrics_;  // with their owners

@@ -5,9 +5,11 @@
 #include <fcntl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <mutex>
@@ -39,12 +41,16 @@ Result<Fd> listen_in(int directory_fd, const std::string& name) {
   return socket;
 }
 
-Result<Fd> connect_in(int directory_fd, const std::string& name) {
+Result<Fd> connect_in(int directory_fd, const std::string& name, std::chrono::milliseconds limit) {
   const sockaddr_un address = TRY(address_in(directory_fd, name));
+  const long limit_us = std::max<long>(limit.count(), 1) * 1000;  // 0 would be none
+  const timeval time{limit_us / 1'000'000, limit_us % 1'000'000};
   Fd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  if (!socket || ::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0)
-    return errno_error(name);
-  return socket;
+  if (!socket || ::setsockopt(socket.get(), SOL_SOCKET, SO_SNDTIMEO, &time, sizeof time) != 0) return errno_error(name);
+  if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0) return socket;
+  // The listener's queue is full, and nobody takes from it.
+  if (errno == EAGAIN) return Error{name + ": nobody answers there", ETIMEDOUT};
+  return errno_error(name);
 }
 
 Fd accept_client(int socket) {

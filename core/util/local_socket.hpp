@@ -2,6 +2,7 @@
 // Unix sockets in a directory that is held open: paths of any length, no race over their names.
 #pragma once
 
+#include <chrono>
 #include <string>
 
 #include "util/fd.hpp"
@@ -11,8 +12,10 @@ namespace vmm {
 
 // Non-blocking and listening; readable and writable by its owner only.
 Result<Fd> listen_in(int directory_fd, const std::string& name);
-// Blocking.
-Result<Fd> connect_in(int directory_fd, const std::string& name);
+// Blocking. Neither this nor a send waits longer than `limit` for a listener that does not accept or read: ETIMEDOUT
+// here, EAGAIN of a send.
+Result<Fd> connect_in(int directory_fd, const std::string& name,
+                      std::chrono::milliseconds limit = std::chrono::seconds(10));
 
 // The next client of a listening socket, non-blocking; none when there is none. Where the process or the host has no
 // descriptor left, the client is turned away, so that a level-triggered loop does not turn on it for ever.

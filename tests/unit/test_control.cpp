@@ -8,14 +8,17 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <filesystem>
+#include <future>
 #include <optional>
 #include <thread>
 
 #include "clone/sdk/error.hpp"
+#include "console/attachment.hpp"
 #include "console/console_watchers.hpp"
 #include "control/client.hpp"
 #include "control/control_server.hpp"
@@ -76,7 +79,7 @@ class OtherVm {
 // A control server on a loop of its own, and raw clients.
 class Served {
  public:
-  Served() {
+  explicit Served(std::chrono::milliseconds line_limit = 30s) {
     auto made = InstanceDirectory::create("served", 1, 1 << 20);
     REQUIRE(made.ok());
     directory.emplace(std::move(made).value());
@@ -85,7 +88,7 @@ class Served {
     auto made_loop = LoopThread::create("test-control");
     REQUIRE(made_loop.ok());
     loop = std::move(made_loop).value();
-    server.emplace(*loop, std::move(socket).value());
+    server.emplace(*loop, std::move(socket).value(), line_limit);
     REQUIRE(server
                 ->add_method("test.0", "test.echo", "Answers its parameters.",
                              [](const json::object& given, ControlServer::Reply reply) { reply.succeed(given); })
@@ -427,6 +430,49 @@ TEST_CASE("requests over 1 MiB, byte by byte, half-closed, unread") {
   }
 }
 
+TEST_CASE("a request that does not end in its time is refused, and nobody else") {
+  Served served(300ms);
+  const Fd idle = served.raw();
+  const Fd slow = served.raw();
+  const auto start = std::chrono::steady_clock::now();
+  std::thread sender([&] {  // one byte a moment does not help it
+    for (int i = 0; i < 20; ++i, std::this_thread::sleep_for(100ms)) send_all(slow.get(), "[");
+  });
+  CHECK(read_line(slow.get()).find("the request did not end in its time") != std::string::npos);
+  CHECK(at_end(slow.get()));
+  const auto took = std::chrono::steady_clock::now() - start;
+  sender.join();
+  CHECK(took >= 300ms);
+  CHECK(took < 5s);
+  CHECK(error_code(ask(idle.get(), R"({"jsonrpc":"2.0","id":1,"method":"test.echo"})")) == 0);
+}
+
+TEST_CASE("a VM that does not accept is waited for no longer than told") {
+  RuntimeRoot root;
+  auto made = InstanceDirectory::create("stuck", 1, 1 << 20);
+  REQUIRE(made.ok());
+  const auto socket = listen_in(made->fd(), "control.sock");
+  REQUIRE(socket.ok());
+  std::vector<ControlClient> queued;
+  const auto connect = [&] {
+    auto client = ControlClient::connect(made->record(), 200ms);
+    if (client.ok()) queued.push_back(std::move(client).value());
+    return client;
+  };
+  while (queued.size() < 1000 && connect().ok()) {
+  }
+  REQUIRE(queued.size() < 1000);
+  const auto start = std::chrono::steady_clock::now();
+  const auto beyond = connect();
+  const auto took = std::chrono::steady_clock::now() - start;
+  REQUIRE(!beyond.ok());
+  CHECK(beyond.error().code == ETIMEDOUT);
+  CHECK(beyond.error().message == "VM stuck: control.sock: nobody answers there");
+  CHECK(took >= 150ms);
+  CHECK(took < 5s);
+  CHECK(queued.front().call("vm.info", {}, 100ms).error().code == ETIMEDOUT);
+}
+
 TEST_CASE("clients beyond the limit are told so; a place becomes free") {
   Served served;
   std::vector<Fd> sockets;
@@ -435,6 +481,7 @@ TEST_CASE("clients beyond the limit are told so; a place becomes free") {
   const Fd beyond = served.raw();
   CHECK(read_line(beyond.get()).find("too many clients") != std::string::npos);
   CHECK(at_end(beyond.get()));
+  CHECK(served.client().call("test.echo").error().message == "VM served: too many clients");
   sockets.pop_back();
   for (int tries = 0; tries < 100; ++tries) {
     const Fd socket = served.raw();
@@ -675,4 +722,136 @@ TEST_CASE("console watchers: history first, then all that follows; one types; a 
   });
   std::unique_lock lock(done_mutex);
   CHECK(done.wait_for(lock, 10s, [&] { return is_done; }));
+}
+
+TEST_CASE("console watchers: one too many, and another user, are told why") {
+  ScratchDir scratch;
+  const Fd directory(::open(scratch.path().c_str(), O_DIRECTORY | O_RDONLY | O_CLOEXEC));
+  auto loop = EventLoop::create();
+  REQUIRE(loop.ok());
+  ConsoleWatchers watchers(**loop, [](std::string_view) { return true; });
+  auto socket = listen_in(directory.get(), "console.sock");
+  REQUIRE(socket.ok());
+  REQUIRE(watchers.listen(std::move(socket).value()).ok());
+  auto run_for = [&](std::chrono::milliseconds time) {
+    (*loop)->add_timer(time, [&] { (*loop)->stop(); });
+    (*loop)->run();
+  };
+  pid_t child = 0;
+  if (::geteuid() == 0) {
+    REQUIRE(::chmod((scratch.path() + "/console.sock").c_str(), 0777) == 0);
+    child = ::fork();
+    if (child == 0) {
+      if (::fchmod(directory.get(), 0755) != 0 || ::setresuid(65534, 65534, 65534) != 0) ::_exit(3);
+      auto mine = connect_in(directory.get(), "console.sock");
+      if (!mine.ok()) ::_exit(2);
+      ::_exit(read_line(mine->get()) == "clone: not allowed\r" && at_end(mine->get()) ? 0 : 1);
+    }
+    int status = -1;
+    for (int i = 0; i < 100 && ::waitpid(child, &status, WNOHANG) == 0; ++i) run_for(50ms);
+    CHECK(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 0);
+    CHECK(watchers.list().empty());
+  }
+  std::vector<Fd> clients;
+  for (int i = 0; i < 17; ++i) {
+    auto client = connect_in(directory.get(), "console.sock");
+    REQUIRE(client.ok());
+    clients.push_back(std::move(client).value());
+    run_for(5ms);
+  }
+  run_for(50ms);
+  CHECK(watchers.list().size() == 16);
+  CHECK(read_line(clients.back().get()) == "clone: 16 are attached to this console already\r");
+  CHECK(at_end(clients.back().get()));
+  CHECK_FALSE(at_end(clients.front().get(), 50ms));
+}
+
+TEST_CASE("attached: a console that takes no input keeps neither its output nor Ctrl-Q from coming") {
+  int pair[2], out[2];
+  REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
+  REQUIRE(::pipe2(out, O_CLOEXEC) == 0);
+  const Fd ours(pair[0]), output(out[1]);
+  Fd shown(out[0]), console(pair[1]), typist, input;
+  const auto is_printed = [&](const std::string& line) {
+    send_all(console.get(), line + "\n");
+    return read_line(shown.get()) == line;
+  };
+  const auto attach = [&] {
+    return std::async(std::launch::async,
+                      [&] { return carry_console(ours.get(), input.get(), output.get(), Typing::sent); });
+  };
+  const auto type = [&](std::string_view bytes, std::chrono::milliseconds limit) {
+    size_t typed = 0;
+    for (pollfd wanted{typist.get(), POLLOUT, 0};
+         typed < bytes.size() && ::poll(&wanted, 1, static_cast<int>(limit.count())) == 1;)
+      if (const ssize_t count = ::write(typist.get(), bytes.data() + typed, bytes.size() - typed); count > 0)
+        typed += static_cast<size_t>(count);
+    return typed;
+  };
+  const std::string much(3 << 20, 'x');
+  SUBCASE("a terminal") {
+    typist = Fd(::posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK));
+    REQUIRE(::grantpt(typist.get()) == 0);
+    REQUIRE(::unlockpt(typist.get()) == 0);
+    input = Fd(::open(::ptsname(typist.get()), O_RDWR | O_NOCTTY | O_CLOEXEC));
+    REQUIRE(input);
+    termios mode{};
+    REQUIRE(::tcgetattr(input.get(), &mode) == 0);
+    ::cfmakeraw(&mode);
+    REQUIRE(::tcsetattr(input.get(), TCSANOW, &mode) == 0);
+    auto left = attach();
+    CHECK(type(much, 10s) == much.size());  // it is read all the time
+    CHECK(is_printed("printed meanwhile"));
+    CHECK(type("\x11", 10s) == 1);
+    const bool ended = left.wait_for(10s) == std::future_status::ready;
+    CHECK(ended);
+    if (!ended) console.reset();
+    CHECK(left.get() == Left::by_user);
+  }
+  SUBCASE("a pipe: all of it arrives, later") {
+    int in[2];
+    REQUIRE(::pipe2(in, O_CLOEXEC) == 0);
+    input = Fd(in[0]);
+    typist = Fd(in[1]);
+    REQUIRE(::fcntl(typist.get(), F_SETFL, O_NONBLOCK) == 0);
+    auto left = attach();
+    const size_t before = type(much, 300ms);
+    CHECK(before >= 1 << 20);
+    CHECK(before < 2 << 20);  // no more is taken in
+    CHECK(is_printed("printed meanwhile"));
+    std::string arrived;
+    std::thread guest([&] {
+      char bytes[4096];
+      for (ssize_t count; (count = ::read(console.get(), bytes, sizeof bytes)) > 0;)
+        arrived.append(bytes, static_cast<size_t>(count));
+    });
+    CHECK(type("the end\x11not this", 10s) == 16);
+    CHECK(left.wait_for(10s) == std::future_status::ready);
+    ::shutdown(ours.get(), SHUT_WR);
+    guest.join();
+    CHECK(left.get() == Left::by_user);
+    CHECK(arrived.size() == before + 7);
+    CHECK(arrived.ends_with("xthe end"));
+  }
+  SUBCASE("output that nobody takes does not keep Ctrl-Q from being read") {
+    int in[2];
+    REQUIRE(::pipe2(in, O_CLOEXEC) == 0);
+    input = Fd(in[0]);
+    typist = Fd(in[1]);
+    auto left = attach();
+    for (size_t sent = 0; sent < much.size();) {
+      const ssize_t count = ::send(console.get(), much.data(), much.size() - sent, MSG_DONTWAIT);
+      pollfd wanted{console.get(), POLLOUT, 0};
+      if (count > 0)
+        sent += static_cast<size_t>(count);
+      else if (::poll(&wanted, 1, 300) != 1)
+        break;
+    }
+    CHECK(type("\x11", 10s) == 1);
+    const bool ended = left.wait_for(10s) == std::future_status::ready;
+    CHECK(ended);
+    if (!ended) shown.reset();
+    CHECK(left.get() == Left::by_user);
+  }
 }
