@@ -44,6 +44,7 @@ class Outgoing {
       put_text(writer, target);
       put_text(writer, last_part(source));
     }));
+    TRY(session_.greet(options_.answer));
     TRY(give(AT_FDCWD, source.c_str(), status, follow, 0));
     session_.queue(make_frame(Type::copy_end, [](Writer&) {}));
     for (uint32_t idle = 0; idle < kMostIdleFrames; ++idle) {

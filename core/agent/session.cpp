@@ -69,18 +69,31 @@ Result<void> AgentSession::wait(short events, Milliseconds limit) {
   }
 }
 
+// Of an agent that is not asked yet nothing is expected: a flood of other things is an end too.
+Result<void> AgentSession::take_nothing() {
+  TRY(fill());
+  const auto frame = TRY(take());
+  if (!frame) return {};
+  if (frame->type == Type::error) return agent_error(*frame);
+  return Error{"the agent answered before the request was complete"};
+}
+
 Result<void> AgentSession::send(Milliseconds limit) {
   while (true) {
     TRY(flush());
     if (!pending()) return {};
     TRY(wait(POLLIN | POLLOUT, limit));
-    TRY(fill());
-    // Nothing is expected of the agent before it was asked: a flood of other things is an end too.
-    if (const auto frame = TRY(take())) {
-      if (frame->type == Type::error) return agent_error(*frame);
-      return Error{"the agent answered before the request was complete"};
-    }
+    TRY(take_nothing());
   }
+}
+
+Result<void> AgentSession::greet(Milliseconds limit) {
+  while (!greeted_) {
+    TRY(flush());
+    TRY(wait(static_cast<short>(POLLIN | (pending() ? POLLOUT : 0)), limit));
+    TRY(take_nothing());
+  }
+  return {};
 }
 
 Result<Frame> AgentSession::receive(Milliseconds limit) {

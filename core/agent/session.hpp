@@ -40,11 +40,14 @@ class AgentSession {
   // Sends all that is queued. A limit is for silence, not for the whole. An error that the agent sends meanwhile ends
   // it.
   Result<void> send(Milliseconds limit);
+  // Sends what is queued until the agent has said hello.
+  Result<void> greet(Milliseconds limit);
   // The next frame, after everything queued is sent.
   Result<Frame> receive(Milliseconds limit);
 
  private:
   Result<void> wait(short events, Milliseconds limit);
+  Result<void> take_nothing();
 
   Fd stream_;
   std::unique_ptr<agent_protocol::FrameBuffer> in_{new agent_protocol::FrameBuffer};

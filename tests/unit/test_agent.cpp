@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // clone-agent runs on this machine and is asked for everything but what would change the machine.
+#include <elf.h>
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/sysinfo.h>
@@ -59,6 +60,24 @@ int zombies_of(pid_t parent) {
 }
 
 }  // namespace
+
+TEST_CASE("agent: the program is small and needs nothing of the guest") {
+  const std::string program = text_of(program_path());
+  REQUIRE(program.size() > sizeof(Elf64_Ehdr));
+  CHECK(program.size() < 1 << 20);
+  Elf64_Ehdr header;
+  std::memcpy(&header, program.data(), sizeof header);
+  REQUIRE(header.e_phoff + header.e_phnum * sizeof(Elf64_Phdr) <= program.size());
+  int loaded = 0;
+  for (int i = 0; i < header.e_phnum; ++i) {
+    Elf64_Phdr segment;
+    std::memcpy(&segment, program.data() + header.e_phoff + i * sizeof segment, sizeof segment);
+    CHECK(segment.p_type != PT_INTERP);
+    CHECK(segment.p_type != PT_DYNAMIC);
+    loaded += segment.p_type == PT_LOAD;
+  }
+  CHECK(loaded > 0);
+}
 
 TEST_CASE("agent: a program's output, errors and exit code") {
   Agent agent;

@@ -540,6 +540,51 @@ TEST_CASE("copy out: an agent that breaks its word") {
         }).ends_with("/no/: No such file or directory"));
 }
 
+TEST_CASE("copy in: the agent has its time to answer, and another one once it has") {
+  ScratchDir scratch;
+  scratch.write("file", std::string(1 << 20, 'x'));
+  const auto copy = [&](std::function<void(FakeAgent&)> play, AgentSession::Milliseconds silence) {
+    FakeAgent agent(std::move(play));
+    AgentSession session(std::move(agent.stream));
+    const auto start = std::chrono::steady_clock::now();
+    const auto copied =
+        vmm::copy_into_guest(session, scratch.path() + "/file", "/file", {.answer = 200ms, .silence = silence});
+    CHECK(std::chrono::steady_clock::now() - start < 5s);
+    return copied.ok() ? "" : copied.error().message;
+  };
+  std::string late = "the agent did not answer within 1 s";
+  CHECK(copy(
+            [](FakeAgent& self) {
+              while (self.receive() != Type{}) {
+              }
+            },
+            60s) == late);
+  CHECK(copy(
+            [](FakeAgent& self) {
+              self.hello();
+              while (self.receive() != Type{}) {
+              }
+            },
+            400ms) == late);
+  CHECK(copy(
+            [](FakeAgent& self) {
+              self.hello();
+              while (self.receive() != Type::copy_end) {
+              }
+              std::this_thread::sleep_for(600ms);
+              self.send(Type::done, [](Writer&) {});
+            },
+            60s) == "");
+  CHECK(copy(
+            [](FakeAgent& self) {
+              self.hello();
+              self.error(EROFS, "/file: no");
+              while (self.receive() != Type{}) {
+              }
+            },
+            60s) == "/file: no");
+}
+
 // --- The agent itself, on this machine ---
 
 namespace {
