@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Fuzzes the streams of virtio-vsock: the input is what a guest sends, what hosts do, and how much either takes. Beside
-// what the sanitizers see, these hold: there is a partner for each stream and no more than there may be, no partner is
-// called after it ended, and every packet makes sense.
+// Fuzzes the streams of virtio-vsock: the input is what a guest sends, in chains of segments that it chose, what hosts
+// do, and how much either takes. Beside what the sanitizers see, these hold: there is a partner for each stream and no
+// more than there may be, no partner is called after it ended, one that hung up ends in its time, every packet makes
+// sense, and none of its bytes is lost or taken twice between segments.
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
 
+#include "clone/sdk/virtio.hpp"
 #include "streams.hpp"
 
 using namespace virtio_vsock;
@@ -57,6 +59,7 @@ struct FuzzPartner final : Partner {
   Host& host;
   bool retired = false;
   bool hung_up = false;
+  std::chrono::milliseconds hung_up_at{0};
 };
 
 struct Host final : HostSide {
@@ -121,12 +124,68 @@ ssize_t FuzzPartner::write(std::span<const iovec> from) {
 
 }  // namespace
 
+// Of one chain, which is made of memory in a row: what lies behind one segment is the next.
+struct clone_virtqueue {
+  static const clone_host_virtqueue* table() {
+    static const auto made = [] {
+      clone_host_virtqueue functions{};
+      functions.queue_size = [](clone_virtqueue*) -> uint32_t { return kMostSegments; };
+      functions.pop = [](clone_virtqueue* self, clone_chain* chain, clone_err*) {
+        std::copy_n(self->segments, self->count, chain->segments);
+        (self->readable ? chain->readable_count : chain->writable_count) = self->count;
+        (self->readable ? chain->readable_bytes : chain->writable_bytes) = self->size_bytes;
+        return CLONE_OK;
+      };
+      functions.push = [](clone_virtqueue*, const clone_chain*, uint32_t) { return CLONE_OK; };
+      return functions;
+    }();
+    return &made;
+  }
+  // Lengths that the input tells; the last segment is the rest.
+  void cut(std::byte* memory, uint32_t all_bytes, Input& input) {
+    count = 0;
+    size_bytes = all_bytes;
+    for (unsigned cuts = input.byte() % kMostSegments; all_bytes > 0; --cuts) {
+      const uint32_t part_bytes = cuts ? std::min<uint32_t>(1 + input.byte() % 64, all_bytes) : all_bytes;
+      segments[count++] = {memory, 0, part_bytes, 0};
+      memory += part_bytes;
+      all_bytes -= part_bytes;
+    }
+  }
+
+  static constexpr uint32_t kMostSegments = 8;
+  bool readable = true;
+  clone_segment segments[kMostSegments];
+  uint32_t count = 0;
+  uint32_t size_bytes = 0;
+};
+
+namespace {
+
+constexpr size_t kHeaderBytes = sizeof(virtio_vsock_hdr);
+
+// All bytes behind the header, each once.
+void require_payload(std::span<const iovec> parts, const std::byte* at, size_t size_bytes) {
+  for (const iovec& part : parts) {
+    require(part.iov_base == at && part.iov_len > 0);
+    at += part.iov_len;
+  }
+  require(total(parts) == size_bytes);
+}
+
+}  // namespace
+
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Input input(data, size);
   Host host(input);
   Streams streams(kCid, host, input.word());
-  static std::byte memory[1 << 17];
-  static std::byte space[1 << 13];
+  static std::byte memory[kHeaderBytes + (1 << 17)];
+  static std::byte space[kHeaderBytes + (1 << 13)];
+  clone_virtqueue tx, rx;
+  rx.readable = false;
+  const clone_sdk::Queue from_guest(clone_virtqueue::table(), &tx), to_guest(clone_virtqueue::table(), &rx);
+  clone_sdk::Chain chain;
+  std::vector<iovec> parts;
 
   while (!input.empty()) {
     const uint8_t step = input.byte();
@@ -149,18 +208,31 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         packet.size_bytes = oddities & 128 ? input.word() : uint32_t{input.byte()} << (input.byte() % 10);
         packet.buffer_bytes = step & 16 ? input.word() : 1 << 16;
         packet.forwarded_bytes = step & 32 ? input.word() : input.byte();
-        const size_t given = oddities & 128 ? input.word() % sizeof memory : packet.size_bytes;
-        const iovec parts[] = {
-            {memory, std::min<size_t>(given, sizeof memory) / 2},
-            {memory + 5, std::min<size_t>(given, sizeof memory - 5) - std::min<size_t>(given, sizeof memory) / 2}};
-        streams.receive(packet, parts);
+        const uint32_t given = std::min<uint32_t>(oddities & 128 ? input.word() : packet.size_bytes, 1 << 17);
+        virtio_vsock_hdr wire = encode(packet);
+        std::memcpy(memory, &wire, sizeof wire);
+        tx.cut(memory, kHeaderBytes + given, input);
+        require(from_guest.pop(chain) == clone_sdk::Queue::Pop::chain);
+        wire = {};
+        require(chain.read(0, &wire, sizeof wire) && std::memcmp(memory, &wire, sizeof wire) == 0);
+        payload_of(chain.readable(), parts);
+        require_payload(parts, memory + kHeaderBytes, given);
+        streams.receive(decode(wire), parts);
+        from_guest.push(chain, 0);
         break;
       }
       case 4: {
         for (unsigned budget = input.byte() % 32; budget && streams.has_packets(); --budget) {
-          const size_t room = input.byte() * 32;
-          const iovec parts[] = {{space, room / 3}, {space + room / 3, room - room / 3}};
-          const Packet packet = streams.next(parts);
+          const uint32_t room = input.byte() * 32u;
+          rx.cut(space, kHeaderBytes + room, input);
+          require(to_guest.pop(chain) == clone_sdk::Queue::Pop::chain);
+          payload_of(chain.writable(), parts);
+          require_payload(parts, space + kHeaderBytes, room);
+          Packet packet = streams.next(parts);
+          virtio_vsock_hdr wire = encode(packet);
+          require(chain.write(0, &wire, sizeof wire) && std::memcmp(space, &wire, sizeof wire) == 0);
+          to_guest.push(chain, static_cast<uint32_t>(sizeof wire) + packet.size_bytes);
+          packet = decode(wire);
           require(packet.source_cid == kHostCid && packet.destination_cid == kCid);
           require(packet.type == VIRTIO_VSOCK_TYPE_STREAM);
           require(packet.operation >= VIRTIO_VSOCK_OP_REQUEST && packet.operation <= VIRTIO_VSOCK_OP_CREDIT_REQUEST);
@@ -174,7 +246,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         if (!host.partners.empty()) {
           FuzzPartner& partner = *host.partners[input.byte() % host.partners.size()];
           const bool hangs_up = step & 8 && step & 16 && step & 32;
-          if (!partner.hung_up) streams.ready(*partner.stream, step & 64, step & 128, partner.hung_up = hangs_up);
+          if (partner.hung_up) break;
+          if (hangs_up) partner.hung_up_at = host.time;
+          streams.ready(*partner.stream, step & 64, step & 128, partner.hung_up = hangs_up);
         }
         break;
       case 6:
@@ -184,6 +258,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       case 7:
         host.time += std::chrono::milliseconds(uint32_t{input.byte()} * 64);
         streams.expire();
+        for (const FuzzPartner* partner : host.partners)
+          require(!partner->hung_up || host.time < partner->hung_up_at + kLingerPatience + kPatience);
         if (step == 255) streams.drop_all();
         break;
     }
