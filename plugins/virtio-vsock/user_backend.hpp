@@ -8,6 +8,7 @@
 
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 
 #include "backend.hpp"
@@ -78,10 +79,10 @@ class UserBackend final : public Backend, private HostSide {
   std::vector<iovec> parts_;
   const clone_virtio_port* port_ = nullptr;
   bool broken_ = false;
-  std::chrono::milliseconds timer_period_{0};  // 0 while it is not armed
+  std::chrono::milliseconds timer_period_{0};             // 0 while it is not armed
   std::optional<std::chrono::milliseconds> still_since_;  // while it is quiesced, for which time stands still
   std::chrono::milliseconds still_for_{0};                // in all, before
-  bool listener_rests_ = false;                // there were no descriptors for what comes
+  bool listener_rests_ = false;                           // there were no descriptors for what comes
   std::map<Client*, std::unique_ptr<Client>> greeting_;
   // Closed, but events of this round may still name them.
   std::vector<std::unique_ptr<Partner>> retired_;
