@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # A running guest is entered, asked, paused and stopped from outside: exec of every kind, copies, a terminal program, the
-# console by two at once, the agent killed and back; machines that die are gone from the list.
-# seconds: 120
+# console by two at once and by too many, disks frozen, the agent killed and back; machines that die are gone from the list.
+# The same for streams that this process carries itself, with a client killed whose program takes no input.
+# seconds: 180
 export CLONE_RUNTIME_DIR=$WORK/run
 agent=$(dirname "$CLONE")/../libexec/clone/clone-agent
 root_image <<'END'
@@ -15,7 +16,22 @@ exec {input}<>input
 "$CLONE" run --kernel "$KERNEL_CLOUD" --rootfs root.ext4 --name web --no-reboot --cmdline quiet --vcpus 2 <&"$input" >console.log 2>&1 &
 web=$!
 within 60 contains console.log "root is up"
-guest() { "$CLONE" exec --vm-id web --timeout 30 "$@"; }
+vm=web
+guest() { "$CLONE" exec --vm-id $vm --timeout 30 "$@"; }
+ask() { # METHOD [PARAMETERS]: what the VM answers
+  python3 - $vm "$@" <<'PY'
+import json, os, pathlib, socket, sys
+name, method, *parameters = sys.argv[1:]
+for file in pathlib.Path(os.environ["CLONE_RUNTIME_DIR"]).glob("*/vm.json"):
+    if json.loads(file.read_text())["name"] == name:
+        os.chdir(file.parent)
+with socket.socket(socket.AF_UNIX) as control:
+    control.connect("control.sock")
+    request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": json.loads(*parameters) if parameters else {}}
+    control.sendall(json.dumps(request).encode() + b"\n")
+    print(json.loads(control.makefile().readline()))
+PY
+}
 within 60 guest -- true
 echo "the agent answers after $SECONDS s"
 
@@ -123,19 +139,49 @@ terminal.ends(0)
 PY
 ! "$CLONE" logs web | grep -q unheard
 
-# Paused and resumed: nothing answers, then everything does, and the clock is right.
+# Paused and resumed: who asks is told at once, then everything answers, and the clock is right.
 "$CLONE" pause web
 contains <("$CLONE" list) paused
-ends_with 125 "$CLONE" exec --vm-id web --timeout 2 -- true 2>err
-contains err 2
+started=$SECONDS
+ends_with 125 "$CLONE" exec --vm-id web --timeout 60 -- true 2>err
+contains err 'the machine is paused'
+((SECONDS - started < 30)) || fail "it took $((SECONDS - started)) s to say that the machine is paused"
 "$CLONE" resume web
 within 20 guest -- true
 difference=$(($(guest -- date +%s) - $(date +%s)))
 ((difference >= -2 && difference <= 2)) || fail "the guest's clock is off by $difference s"
 
+# Disks are frozen for a time at most: then the agent thaws them by itself, and the host knows. Meanwhile: one too many at
+# the console, and what goes on being told until it is interrupted.
+contains <(ask guest-agent.freeze '{"limit_ms": 15000}') "'file_systems': 1"
+contains <(ask guest-agent.status) "'frozen': True"
+python3 - <<'PY'
+import glob, os, socket, subprocess
+os.chdir(os.path.dirname(glob.glob(os.environ["CLONE_RUNTIME_DIR"] + "/*/console.sock")[0]))
+watchers = [socket.socket(socket.AF_UNIX) for _ in range(16)]
+for watcher in watchers:
+    watcher.connect("console.sock")
+for command in ["attach"], ["logs", "-f"]:
+    end = subprocess.run([os.environ["CLONE"], *command, "web"], stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
+    assert end.returncode == 1 and b"16 are attached" in end.stdout and b"closed the console" in end.stderr, end
+PY
+ends_with 124 timeout 4 "$CLONE" status --watch 0.2 >watched
+(($(grep -c '^web  *running' watched) >= 2)) || fail "status --watch told $(grep -c running watched) times"
+is_thawed() { contains <(ask guest-agent.status) "'frozen': False"; }
+within 30 is_thawed
+contains <(ask guest-agent.thaw) 'are not frozen'
+guest -- touch /root/written
+"$CLONE" logs --vmm web >vmm
+contains vmm "the guest's file systems thaw"
+
 # The agent is killed and back (the image's own init does not restart it; the one of the generated initrd does).
+listener() { guest -- sh -c 'sed -n "s/^PPid:[^0-9]*//p" /proc/$PPID/status'; }
+killed=$(listener)
+((killed > 1)) || fail "the agent is process '$killed'"
 guest -- sh -c 'kill -9 $(pidof clone-agent)' || true
 within 30 guest -- true
+next=$(listener)
+[[ $next != "$killed" ]] && ((next > 1)) || fail "the agent is process '$next', and was $killed"
 
 # What is told of it.
 "$CLONE" metrics web >metrics
@@ -148,7 +194,32 @@ assert vm[\"process\"][\"private_bytes\"] <= vm[\"process\"][\"resident_bytes\"]
 "'
 "$CLONE" status | grep -q '^web  *running'
 
+"$CLONE" logs -f web >followed &
+follower=$!
+echo 'to the followers' >&"$input"
+within 20 contains followed 'typed: to the followers'
 "$CLONE" stop web
 ends_with 0 wait $web
+ends_with 0 wait $follower
+
+vm=user
+"$CLONE" run --kernel "$KERNEL_CLOUD" --rootfs root.ext4 --name user --no-reboot --cmdline quiet --device virtio-vsock,backend=user <&"$input" >console.log 2>&1 &
+user=$!
+within 60 guest -- true
+contains <(ask virtio-vsock.status) "'backend': 'user'"
+ends_with 7 guest -- sh -c 'exit 7'
+head -c 4194304 large >part
+equal "4 MiB out and back" "$(guest -i -- cat <part | sha256sum)" "$(sha256sum <part)"
+"$CLONE" cp tree user:/root/again
+"$CLONE" cp user:/root/again again
+diff -r --no-dereference tree again
+"$CLONE" exec --vm-id user --timeout 60 -i -- sleep 1000 </dev/zero &
+client=$!
+within 20 guest -- sh -c 'ps | grep -q "[s]leep 1000"'
+sleep 3 # until nothing takes more of the input
+kill -KILL $client
+within 20 guest -- sh -c '! ps | grep -q "[s]leep 1000"'
+"$CLONE" stop user
+ends_with 0 wait $user
 equal "VMs left" "$("$CLONE" list --json)" '[]'
 equal "what is left behind" "$(ls "$CLONE_RUNTIME_DIR")" ''
