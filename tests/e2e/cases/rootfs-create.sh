@@ -293,6 +293,8 @@ cp --sparse=always "$debian_image" debian.img
   --disk public/container.img --disk folder.qcow2 -- "$here/rootfs-boots.py" debian alpine container folder,format=qcow2
 qemu-img check folder.qcow2
 qemu-img convert -O raw folder.qcow2 folder.img
+# `clone stop` was systemd's to do: the root file system was unmounted.
+! dumpe2fs -h debian.img 2>/dev/null | grep needs_recovery || fail "Debian was not shut down in good order"
 # A guest that powers off with files open leaves its journal to be replayed (status 1); what is damaged after that is an error.
 for image in debian alpine public/container folder; do
   e2fsck -fp $image.img || (($? == 1))
