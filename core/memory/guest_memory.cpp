@@ -94,6 +94,7 @@ Result<GuestMemory> GuestMemory::create(const MemoryConfig& config) {
 
   GuestMemory memory;
   memory.size_bytes_ = config.size_bytes;
+  memory.mergeable_ = config.mergeable;
   memory.dirty_ = std::make_unique<DirtyBitmap>();
   if (config.backing == MemoryBacking::memfd) {
     Result<Fd> fd = create_memfd(config);
@@ -112,6 +113,85 @@ Result<GuestMemory> GuestMemory::create(const MemoryConfig& config) {
     offset += size_bytes;
   }
   return memory;
+}
+
+Result<GuestMemory> GuestMemory::restore(MemoryConfig config, std::span<const MemoryExtent> extents) {
+  config.backing = MemoryBacking::anonymous;
+  config.huge_pages = HugePages::off;
+  GuestMemory memory = TRY(create(config));
+  memory.restored_ = true;
+  const auto corrupt = [](const char* what) {
+    return Error{std::string("the snapshot's memory: ") + what, EINVAL, CLONE_ERR_CORRUPT};
+  };
+  uint64_t end = 0;  // of the extent before
+  for (MemoryExtent extent : extents) {
+    if ((extent.memory_offset | extent.fd_offset | extent.size_bytes) % kPageSize != 0)
+      return corrupt("an extent is not of whole pages");
+    if (extent.memory_offset < end || extent.memory_offset > memory.size_bytes_ ||
+        extent.size_bytes > memory.size_bytes_ - extent.memory_offset)
+      return corrupt("extents overlap, or lie outside of it");
+    end = extent.memory_offset + extent.size_bytes;
+    uint64_t region_offset = 0;
+    for (const Region& region : memory.regions_) {
+      const uint64_t start = std::max(extent.memory_offset, region_offset);
+      const uint64_t stop = std::min(end, region_offset + region.size_bytes);
+      if (start < stop) {
+        void* const where = region.host + (start - region_offset);
+        const auto offset = static_cast<off_t>(extent.fd_offset + (start - extent.memory_offset));
+        if (::mmap(where, stop - start, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE, extent.fd,
+                   offset) == MAP_FAILED)
+          return errno_error("the snapshot's memory: mmap");
+        if (config.mergeable) ::madvise(where, stop - start, MADV_MERGEABLE);
+      }
+      region_offset += region.size_bytes;
+    }
+  }
+  return memory;
+}
+
+Result<void> GuestMemory::make_private() {
+  if (!memfd_) return {};
+  uint64_t offset = 0;
+  for (const Region& region : regions_) {
+    if (::mmap(region.host, region.size_bytes, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE,
+               memfd_.get(), static_cast<off_t>(offset)) == MAP_FAILED)
+      return errno_error("memory: mmap");
+    offset += region.size_bytes;
+  }
+  memfd_.reset();
+  restored_ = true;
+  return {};
+}
+
+Result<void> GuestMemory::visit_contents(
+    uint64_t most_bytes, const std::function<Result<void>(uint64_t, std::span<const std::byte>)>& visit) const {
+  // Present or swapped out (Linux Documentation/admin-guide/mm/pagemap.rst). Others were never touched.
+  constexpr uint64_t in_use = 3ull << 62;
+  const Fd pagemap(memfd_ || restored_ ? -1 : ::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
+  std::vector<uint64_t> pages(most_bytes / kPageSize);
+  uint64_t region_offset = 0;
+  for (const Region& region : regions_) {
+    for (uint64_t done = 0; done < region.size_bytes;) {
+      const uint64_t piece_bytes = std::min(most_bytes, region.size_bytes - done);
+      const uint64_t count = piece_bytes / kPageSize;
+      const uint64_t first = reinterpret_cast<uintptr_t>(region.host + done) / kPageSize;
+      const bool known = pagemap && ::pread(pagemap.get(), pages.data(), count * 8, static_cast<off_t>(first * 8)) ==
+                                        static_cast<ssize_t>(count * 8);
+      for (uint64_t page = 0; page < count;) {
+        uint64_t next = page;
+        while (next < count && known && !(pages[next] & in_use)) ++next;
+        const uint64_t start = next;
+        while (next < count && (!known || pages[next] & in_use)) ++next;
+        if (start < next)
+          TRY(visit(region_offset + done + start * kPageSize,
+                    {region.host + done + start * kPageSize, (next - start) * kPageSize}));
+        page = next;
+      }
+      done += piece_bytes;
+    }
+    region_offset += region.size_bytes;
+  }
+  return {};
 }
 
 size_t GuestMemory::find_region(GuestAddress start, uint64_t size_bytes) const {
@@ -182,8 +262,16 @@ void GuestMemory::enable_dirty_tracking(bool enabled) {
 bool GuestMemory::discard(GuestAddress start, uint64_t size_bytes) {
   std::byte* host = slice(start, size_bytes);
   if (!host || size_bytes == 0 || start.value % kPageSize != 0 || size_bytes % kPageSize != 0) return false;
-  // MADV_REMOVE punches a hole into the file behind a shared mapping.
-  if (::madvise(host, size_bytes, memfd_ ? MADV_REMOVE : MADV_DONTNEED) != 0) return false;
+  if (restored_) {
+    // What is dropped from a private mapping of a file is the file's again, not zeroes.
+    const int flags = MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    if (::mmap(host, size_bytes, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED)
+      std::memset(host, 0, size_bytes);  // too many mappings
+    else if (mergeable_)
+      ::madvise(host, size_bytes, MADV_MERGEABLE);
+  } else if (::madvise(host, size_bytes, memfd_ ? MADV_REMOVE : MADV_DONTNEED) != 0) {
+    return false;  // (MADV_REMOVE punches a hole into the file behind a shared mapping)
+  }
   mark_dirty(start, size_bytes);
   return true;
 }

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -47,6 +48,14 @@ struct MemoryConfig {
   bool mergeable = true;  // MADV_MERGEABLE: open to the host's KSM
 };
 
+// A part of a snapshot's memory: guest memory is counted as one stretch, regions one behind the other.
+struct MemoryExtent {
+  int fd = -1;
+  uint64_t fd_offset = 0;
+  uint64_t memory_offset = 0;
+  uint64_t size_bytes = 0;
+};
+
 class GuestMemory {
  public:
   struct Region {
@@ -58,6 +67,11 @@ class GuestMemory {
   // Reserves address space only (MAP_NORESERVE); pages come on first touch, zeroed. The size is a multiple of a page,
   // of 2 MiB with reserved huge pages (which are taken from the host's pool now, so that no access fails later).
   static Result<GuestMemory> create(const MemoryConfig& config);
+
+  // Memory whose contents are those of a snapshot, copied page by page as they are written (MAP_PRIVATE): extents that
+  // ascend and do not overlap, whole pages; what none covers is zeroes. The descriptors may be closed afterwards, the
+  // files must not change. Memory of its own even where the configuration says memfd.
+  static Result<GuestMemory> restore(MemoryConfig config, std::span<const MemoryExtent> extents);
 
   // In ascending order; one region up to 3 GiB, two above that.
   std::span<const Region> regions() const { return regions_; }
@@ -91,6 +105,14 @@ class GuestMemory {
   requires std::is_trivially_copyable_v<T>
   [[nodiscard]] bool store(GuestAddress start, const T& value) { return write(start, &value, sizeof value); }
 
+  // Memory that others could share (a memfd) becomes this process's own: what is written from now on is written to a
+  // copy, and a child process sees it as it is now. The vCPUs stand still. [control]
+  Result<void> make_private();
+  // Calls visit(offset, bytes) in ascending order for all that may hold anything but zeroes, in pieces of at most
+  // `most_bytes`; the offset counts regions one behind the other. Ends with the first error. [any]
+  Result<void> visit_contents(uint64_t most_bytes,
+                              const std::function<Result<void>(uint64_t, std::span<const std::byte>)>& visit) const;
+
   // Gives whole pages back to the host; they read as zeroes afterwards, and are marked dirty. False, and nothing done,
   // unless the range is whole pages of one region. [any]
   [[nodiscard]] bool discard(GuestAddress start, uint64_t size_bytes);
@@ -118,6 +140,8 @@ class GuestMemory {
   std::vector<Mapping> mappings_;
   uint64_t size_bytes_ = 0;
   Fd memfd_;
+  bool restored_ = false;  // a page that was not written is the snapshot's
+  bool mergeable_ = false;
   std::unique_ptr<DirtyBitmap> dirty_;
 };
 

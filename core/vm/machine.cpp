@@ -3,6 +3,7 @@
 #include "vm/machine.hpp"
 
 #include <algorithm>
+#include <set>
 #include <thread>
 
 #include "boot/entry.hpp"
@@ -13,6 +14,7 @@
 #include "loop/thread.hpp"
 #include "plugin/catalogue.hpp"
 #include "plugin/crash_report.hpp"
+#include "snapshot/kvm_state.hpp"
 #include "util/log.hpp"
 
 namespace vmm {
@@ -54,9 +56,9 @@ Result<void> call_plugin(const Instance& instance, const char* phase, Call&& cal
 }  // namespace
 
 Result<std::unique_ptr<Machine>> Machine::create(const CheckedPlan& plan, const Surroundings& around, Timing& timing,
-                                                 Ended ended) {
-  std::unique_ptr<Machine> machine(new Machine(plan, around, std::move(ended)));
-  TRY(machine->build(timing));
+                                                 Ended ended, const SavedMachine* saved) {
+  std::unique_ptr<Machine> machine(new Machine(plan, around, std::move(ended), saved));
+  TRY(saved ? machine->restore(timing) : machine->boot(timing));
   return machine;
 }
 
@@ -67,7 +69,7 @@ Machine::~Machine() {
   destroy_instances();
 }
 
-Result<void> Machine::build(Timing& timing) {
+Result<void> Machine::boot(Timing& timing) {
   const Plan& plan = plan_.plan;
   // Opened first: its pages are read ahead while the rest is made.
   const KernelFile kernel = TRY(KernelFile::open(plan.kernel, plan.protocol).context("--kernel"));
@@ -77,8 +79,18 @@ Result<void> Machine::build(Timing& timing) {
   // Copying the kernel and the kernel's own work for KVM's memory slots take milliseconds each: side by side.
   Result<void> loaded;
   Thread loader = TRY(spawn_thread("clone-load", [&] { loaded = load_kernel(kernel); }));
+  TRY(make_kvm(timing));
+  TRY(make_devices());
+  timing.mark("devices");
+  loader.join();
+  TRY(std::move(loaded));
+  timing.mark("kernel load (rest)");
+  return prepare_boot(kernel.image(), timing);
+}
+
+Result<void> Machine::make_kvm(Timing& timing) {
   kvm_ = TRY(Kvm::open());
-  TRY(kvm_->check_vcpu_count(plan.vcpus));
+  TRY(kvm_->check_vcpu_count(plan_.plan.vcpus));
   vm_ = TRY(KvmVm::create(*kvm_));
   timing.mark("kvm");
   TRY(vm_->create_irqchip());
@@ -87,12 +99,62 @@ Result<void> Machine::build(Timing& timing) {
   for (uint32_t slot = 0; slot < memory_->regions().size(); ++slot)
     TRY(vm_->set_memory_slot(slot, memory_->regions()[slot]));
   timing.mark("memory slots");
+  return {};
+}
+
+Result<void> Machine::restore(Timing& timing) {
+  memory_ = TRY(GuestMemory::restore(plan_.plan.memory, saved_->memory));
+  timing.mark("memory");
+  TRY(make_kvm(timing));
   TRY(make_devices());
   timing.mark("devices");
-  loader.join();
-  TRY(std::move(loaded));
-  timing.mark("kernel load (rest)");
-  return prepare_boot(kernel.image(), timing);
+  auto vcpus = TRY(create_saved_vcpus(*kvm_, *vm_, plan_.plan.vcpus, saved_->sections));
+  timing.mark("vcpus");
+  std::set<std::string, std::less<>> owners = {kCoreSections, kKvmSections, kPolicySections};
+  for (const Instance& instance : instances_) {
+    const SectionReader reader(saved_->sections, instance.host.name());
+    TRY(call_plugin(instance, "while its state was loaded",
+                    [&](clone_err* err) { return instance.ops.load(instance.device, &reader.raw(), err); }));
+    owners.insert(instance.host.name());
+  }
+  for (const auto& [key, section] : saved_->sections.all())
+    if (!owners.contains(key.first))
+      return Error{"section " + key.first + "/" + key.second + ": this machine has no " + key.first, 0,
+                   CLONE_ERR_CORRUPT};
+  timing.mark("device state");
+  make_vcpus(std::move(vcpus));
+  TRY(load_kvm(*vm_, vcpu_pointers(), saved_->sections));
+  timing.mark("kvm state");
+  return {};
+}
+
+void Machine::make_vcpus(std::vector<KvmVcpu> vcpus) {
+  vcpus_ = std::make_unique<Vcpus>(std::move(vcpus), pio_, mmio_, [this](const VcpuStop& stop) {
+    const bool guests_doing = stop.reason == StopReason::reset || stop.reason == StopReason::crash;
+    end(stop.reason == StopReason::shutdown ? Ending::power_off
+        : guests_doing                      ? Ending::crashed
+                                            : Ending::kvm_failed,
+        stop.message);
+  });
+}
+
+std::vector<KvmVcpu*> Machine::vcpu_pointers() {
+  std::vector<KvmVcpu*> vcpus;
+  for (size_t i = 0; i < vcpus_->count(); ++i) vcpus.push_back(&vcpus_->vcpu(i));
+  return vcpus;
+}
+
+Result<void> Machine::save(Sections& sections) {
+  for (const Instance& instance : instances_) {
+    const SectionWriter writer(sections, instance.host.name());
+    TRY(call_plugin(instance, "while its state was saved",
+                    [&](clone_err* err) { return instance.ops.save(instance.device, &writer.raw(), err); }));
+  }
+  if (reclaim_) {
+    const SectionWriter writer(sections, kPolicySections);
+    TRY(reclaim_->save(writer.raw()));
+  }
+  return save_kvm(*kvm_, *vm_, vcpu_pointers(), sections);
 }
 
 Result<void> Machine::load_kernel(const KernelFile& kernel) {
@@ -159,13 +221,7 @@ Result<void> Machine::prepare_boot(const KernelImage& image, Timing& timing) {
 
   auto vcpus = TRY(create_vcpus(*kvm_, *vm_, {plan_.plan.vcpus}));
   TRY(vcpus.front().apply_entry(entry));
-  vcpus_ = std::make_unique<Vcpus>(std::move(vcpus), pio_, mmio_, [this](const VcpuStop& stop) {
-    const bool guests_doing = stop.reason == StopReason::reset || stop.reason == StopReason::crash;
-    end(stop.reason == StopReason::shutdown ? Ending::power_off
-        : guests_doing                      ? Ending::crashed
-                                            : Ending::kvm_failed,
-        stop.message);
-  });
+  make_vcpus(std::move(vcpus));
   timing.mark("vcpus");
   return {};
 }
@@ -286,6 +342,11 @@ Result<void> Machine::start(Timing& timing) {
     const auto found = published_.find(id);
     return found == published_.end() ? nullptr : found->second.table;
   }));
+  if (const auto* saved = std::exchange(saved_, nullptr); saved && reclaim_)
+    if (saved->sections.has(kPolicySections)) {
+      const SectionReader reader(saved->sections, kPolicySections);
+      TRY(reclaim_->load(reader.raw()));
+    }
   for (const Instance& instance : instances_)
     if (instance.ops.start)
       TRY(call_plugin(instance, "while it was started",

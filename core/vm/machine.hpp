@@ -29,6 +29,7 @@
 #include "memory/guest_memory.hpp"
 #include "plan/plan.hpp"
 #include "plugin/host_context.hpp"
+#include "snapshot/sections.hpp"
 #include "util/result.hpp"
 #include "vm/reclaim.hpp"
 #include "vm/timing.hpp"
@@ -36,6 +37,12 @@
 namespace vmm {
 
 enum class Ending { power_off, reset, crashed, kvm_failed, stopped };
+
+// What a machine starts from that does not boot. The files behind the extents do not change while it lives.
+struct SavedMachine {
+  Sections sections;
+  std::vector<MemoryExtent> memory;
+};
 
 // What one device or transport claimed; all of it is given back when the instance goes.
 struct Instance : HostContext {
@@ -65,8 +72,9 @@ class Machine {
     const InstanceDirectory* directory = nullptr;  // with `control`
   };
 
+  // `saved`: NULL to boot; otherwise it lasts until start() returns, and is of a machine with this plan.
   static Result<std::unique_ptr<Machine>> create(const CheckedPlan& plan, const Surroundings& around, Timing& timing,
-                                                 Ended ended);
+                                                 Ended ended, const SavedMachine* saved = nullptr);
   Machine(const Machine&) = delete;
   Machine& operator=(const Machine&) = delete;
   // Stops the vCPUs and destroys transport and devices.
@@ -82,6 +90,9 @@ class Machine {
   // error, and the machine runs on, when the guest has come to its end or a device cannot stand still.
   Result<void> pause();
   Result<void> resume();
+
+  // All but the memory of a paused machine. A device that cannot be saved is an error by its name.
+  Result<void> save(Sections& sections);
 
   // What devices publish of the guest. False when none does.
   bool read_balloon(clone_balloon_state& state) const;
@@ -126,10 +137,14 @@ class Machine {
   std::map<std::string, Published, std::less<>>& published() { return published_; }
 
  private:
-  Machine(const CheckedPlan& plan, const Surroundings& around, Ended ended)
-      : plan_(plan), around_(around), ended_(std::move(ended)) {}
+  Machine(const CheckedPlan& plan, const Surroundings& around, Ended ended, const SavedMachine* saved)
+      : plan_(plan), around_(around), ended_(std::move(ended)), saved_(saved) {}
 
-  Result<void> build(Timing& timing);
+  Result<void> boot(Timing& timing);
+  Result<void> restore(Timing& timing);
+  Result<void> make_kvm(Timing& timing);
+  void make_vcpus(std::vector<KvmVcpu> vcpus);
+  std::vector<KvmVcpu*> vcpu_pointers();
   Result<void> make_devices();
   Result<void> make_instance(const std::string& name, const DeviceType& type, const OptionValues& options);
   Result<void> load_kernel(const KernelFile& kernel);
@@ -148,6 +163,7 @@ class Machine {
   const CheckedPlan& plan_;
   const Surroundings around_;
   Ended ended_;
+  const SavedMachine* saved_;  // until start() returns
   std::mutex end_mutex_;
   bool ended_already_ = false;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);  // for calls posted to the loop

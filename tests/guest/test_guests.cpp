@@ -228,3 +228,66 @@ TEST_CASE("a guest that does not obey is stopped") {
     CHECK(process.finish().status == 6);
   }
 }
+
+TEST_CASE("forks go on where the template stood, each on its own") {
+  const ScratchDir dir;
+  ::setenv("CLONE_RUNTIME_DIR", (dir.path() + "/run").c_str(), 1);
+  const std::vector<std::string> store{"--store", dir.path() + "/store"};
+  const auto with_store = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.end(), store.begin(), store.end());
+    return arguments;
+  };
+  struct Answer {
+    unsigned ticks, damaged, random_bytes;
+    unsigned long long random;
+  };
+  const auto ask = [](VmmProcess& vm) {
+    vm.type("?");
+    std::string line;
+    REQUIRE(vm.wait_for_line("ticks ", line));
+    Answer answer{};
+    REQUIRE(std::sscanf(line.c_str(), "ticks %u damaged %u random %u 0x%llx", &answer.ticks, &answer.damaged,
+                        &answer.random_bytes, &answer.random) == 4);
+    CHECK(answer.damaged == 0);
+    CHECK(answer.random_bytes == 8);
+    return answer;
+  };
+  const auto ends_well = [](VmmProcess& vm) {
+    vm.type(".");
+    const VmmResult result = vm.finish();
+    CHECK(result.output.ends_with("done\n"));
+    CHECK(result.output.find("FAILED") == std::string::npos);
+    CHECK(result.errors == "");
+    CHECK(result.status == 0);
+  };
+
+  VmmProcess source("continued", {"--mem", "64M", "--name", "source", "--cmdline", "mib=32"});
+  REQUIRE(source.wait_for("ready\n"));
+  const Answer before = ask(source);
+  const VmmResult snapshot = run_command(with_store({"snapshot", "--name", "base", "source"}));
+  CHECK(snapshot.errors == "");
+  CHECK(snapshot.output.starts_with("base: 64M of memory; the VM stood still for "));
+  REQUIRE(snapshot.status == 0);
+  const Answer after = ask(source);
+  CHECK(after.ticks > before.ticks);
+  CHECK(run_command(with_store({"template", "verify", "base"})).output == "base: whole\n");
+  CHECK(run_command(with_store({"snapshot", "--name", "base", "source"})).status == 1);  // there is one already
+
+  VmmProcess one(with_store({"fork", "--template", "base", "--name", "one"}));
+  VmmProcess two(with_store({"fork", "--template", "base", "--name", "two"}));
+  const Answer first = ask(one), second = ask(two);
+  CHECK(first.ticks > before.ticks);
+  CHECK(first.random != second.random);
+  CHECK(ask(one).ticks > first.ticks);
+  // A fork of a fork; the template may go while its forks run.
+  CHECK(run_command(with_store({"snapshot", "--name", "again", "one"})).status == 0);
+  CHECK(run_command(with_store({"template", "rm", "base"})).status == 0);
+  VmmProcess third(with_store({"fork", "--template", "again"}));
+  CHECK(ask(third).ticks > first.ticks);
+  CHECK(run_command(with_store({"fork", "--template", "base"})).status == 1);
+  for (VmmProcess* vm : {&source, &one, &two, &third}) {
+    (void)ask(*vm);
+    ends_well(*vm);
+  }
+  ::unsetenv("CLONE_RUNTIME_DIR");
+}
