@@ -17,14 +17,12 @@
 #include "control/instances.hpp"
 #include "loop/event_loop.hpp"
 #include "plugin/crash_report.hpp"
-#include "snapshot/backend.hpp"
-#include "snapshot/plan_sections.hpp"
-#include "snapshot/writer.hpp"
 #include "util/fd.hpp"
 #include "util/local_socket.hpp"
 #include "util/log.hpp"
 #include "util/utf8.hpp"
 #include "vm/machine.hpp"
+#include "vm/snapshots.hpp"
 
 namespace vmm {
 namespace {
@@ -84,20 +82,7 @@ class Run {
   void ask_to_stop(std::chrono::milliseconds grace);
   Result<void> pause();
   void resume();
-  Result<void> begin_snapshot(const boost::json::object& given, ControlServer::Reply& reply);
-  Result<std::unique_ptr<SnapshotWriter>> save_and_write(std::unique_ptr<SnapshotBackend> backend,
-                                                         const std::string& name);
-  void end_snapshot(Result<void> written);
   boost::json::object info() const;
-  using Clock = std::chrono::steady_clock;
-  struct PendingSnapshot {
-    std::unique_ptr<SnapshotWriter> writer;
-    ControlServer::Reply reply;
-    std::string name;
-    bool ends;  // the machine, once it is written
-    Clock::time_point begun;
-    Clock::duration paused;
-  };
   const char* state() const { return ending_ ? "ended" : requests_ > 0 ? "stopping" : paused_ ? "paused" : "running"; }
 
   const CheckedPlan& plan_;
@@ -109,7 +94,9 @@ class Run {
   ConsoleHub console_{loop_, {STDIN_FILENO, STDOUT_FILENO, [this] { end(Ending::stopped, ""); }}};
   // Made after the console, and so gone before it: its devices write there to the last.
   std::unique_ptr<Machine> machine_;
-  std::optional<PendingSnapshot> snapshot_;
+  Snapshots snapshots_{plan_, library_, loop_,
+                       {[this] { return paused_; }, [this] { return pause(); }, [this] { resume(); },
+                        [this] { end(Ending::stopped, ""); }}};
   std::optional<Ending> ending_;
   unsigned requests_ = 0;  // to stop
   EventLoop::TimerId grace_timer_ = 0;
@@ -142,11 +129,6 @@ Result<void> Run::add_methods() {
     resume();
     reply.succeed(info());
   }));
-  TRY(add("vm.snapshot",
-          "Keeps the VM as it stands as a template: {\"name\", \"store\"}; \"stop\": true ends it when that is done.",
-          [this](const json::object& given, Reply reply) {
-            if (const auto begun = begin_snapshot(given, reply); !begun.ok()) reply.fail(begun.error().message);
-          }));
   TRY(add(
       "vm.stop",
       "Asks the guest to power off; after \"grace_ms\" (--grace) it is stopped. {\"force\": true} stops it at once.",
@@ -203,6 +185,7 @@ Result<void> Run::add_methods() {
     for (const std::string& line : log_history()) lines.emplace_back(valid_utf8(line));
     reply.succeed(json::object{{"lines", std::move(lines)}});
   }));
+  TRY(snapshots_.offer(*control_));
   const Timing::Clock::time_point started = Timing::Clock::now();
   control_->add_metric("", {"uptime_seconds", "Since the VM was made.", CLONE_METRIC_GAUGE, "", [started] {
                               return std::chrono::duration<double>(Timing::Clock::now() - started).count();
@@ -255,58 +238,6 @@ void Run::resume() {
   if (control_) control_->notify("vm.resumed", {});
 }
 
-// The pause is as long as it takes to save all but the memory, and to mark the memory as to be copied.
-Result<void> Run::begin_snapshot(const boost::json::object& given, ControlServer::Reply& reply) {
-  const auto text = [&](const char* key) {
-    const boost::json::value* value = given.if_contains(key);
-    return value && value->is_string() ? std::string(value->get_string()) : std::string();
-  };
-  const std::string name = text("name");
-  if (name.empty()) return Error{"vm.snapshot: \"name\" is missing"};
-  const boost::json::value* stop = given.if_contains("stop");
-  const bool ends = stop && stop->is_bool() && stop->get_bool();
-  if (snapshot_) return Error{"a snapshot of this VM is being written: " + snapshot_->name};
-  KeyValues options;
-  if (const std::string store = text("store"); !store.empty()) options.emplace_back("store", store);
-  auto backend = TRY(SnapshotBackend::create(library_, kDefaultSnapshotBackend, options));
-
-  const Clock::time_point begun = Clock::now();
-  const bool was_paused = paused_;
-  TRY(pause());
-  auto writer = save_and_write(std::move(backend), name);
-  if (!was_paused && !(writer.ok() && ends)) resume();
-  if (!writer.ok()) return std::move(writer).error();
-  snapshot_.emplace(PendingSnapshot{std::move(*writer), std::move(reply), name, ends, begun, Clock::now() - begun});
-  return {};
-}
-
-Result<std::unique_ptr<SnapshotWriter>> Run::save_and_write(std::unique_ptr<SnapshotBackend> backend,
-                                                            const std::string& name) {
-  Sections sections;
-  TRY(describe_plan(plan_, sections));
-  TRY(machine_->save(sections));
-  TRY(machine_->memory().make_private());
-  return SnapshotWriter::start(loop_, std::move(backend), name, machine_->memory(), sections,
-                               [this](Result<void> written) { end_snapshot(std::move(written)); });
-}
-
-void Run::end_snapshot(Result<void> written) {
-  PendingSnapshot snapshot = std::move(*snapshot_);
-  snapshot_.reset();
-  const auto microseconds = [](Clock::duration time) {
-    return std::chrono::duration_cast<std::chrono::microseconds>(time).count();
-  };
-  if (!written.ok()) {
-    if (snapshot.ends) resume();
-    return snapshot.reply.fail(written.error().message);
-  }
-  snapshot.reply.succeed(boost::json::object{{"name", snapshot.name},
-                                             {"memory_bytes", machine_->memory().size_bytes()},
-                                             {"paused_us", microseconds(snapshot.paused)},
-                                             {"took_us", microseconds(Clock::now() - snapshot.begun)}});
-  if (snapshot.ends) end(Ending::stopped, "");
-}
-
 void Run::on_signal() {
   while (signals_.take())
     if (requests_ > 0)
@@ -345,6 +276,7 @@ Result<Ending> Run::run(Timing& first_timing, TimingReport report, const SavedMa
     machine_ = TRY(
         Machine::create(plan_, around, timing, [this](Ending how, const std::string& detail) { end(how, detail); },
                         first ? saved : nullptr));
+    snapshots_.follow(machine_.get());
     if (first) TRY(console_.start());
     TRY(machine_->start(timing));
     if (report == TimingReport::print && first) {
@@ -355,7 +287,7 @@ Result<Ending> Run::run(Timing& first_timing, TimingReport report, const SavedMa
     // Asked to power off, a guest that reboots instead does not get another run.
     const bool over = *ending_ != Ending::reset || plan_.plan.on_reboot == OnReboot::exit || requests_ > 0;
     if (control_) control_->notify(over ? "vm.ended" : "vm.reset", {});
-    snapshot_.reset();
+    snapshots_.follow(nullptr);
     machine_.reset();
     console_.flush();
     if (over) return *ending_;

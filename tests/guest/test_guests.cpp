@@ -229,19 +229,27 @@ TEST_CASE("a guest that does not obey is stopped") {
   }
 }
 
-TEST_CASE("forks go on where the template stood, each on its own") {
-  const ScratchDir dir;
-  ::setenv("CLONE_RUNTIME_DIR", (dir.path() + "/run").c_str(), 1);
-  const std::vector<std::string> store{"--store", dir.path() + "/store"};
-  const auto with_store = [&](std::vector<std::string> arguments) {
-    arguments.insert(arguments.end(), store.begin(), store.end());
-    return arguments;
-  };
+namespace {
+
+// The guest `continued` and its forks, in a runtime directory and a store of their own.
+struct ForkStage {
   struct Answer {
     unsigned ticks, damaged, random_bytes;
     unsigned long long random;
   };
-  const auto ask = [](VmmProcess& vm) {
+
+  ScratchDir dir;
+  ForkStage() { ::setenv("CLONE_RUNTIME_DIR", (dir.path() + "/run").c_str(), 1); }
+  ~ForkStage() { ::unsetenv("CLONE_RUNTIME_DIR"); }
+
+  std::vector<std::string> with_store(std::vector<std::string> arguments) const {
+    arguments.insert(arguments.end(), {"--store", dir.path() + "/store"});
+    return arguments;
+  }
+  VmmResult command(const std::vector<std::string>& arguments) const { return run_command(with_store(arguments)); }
+
+  // Timer, serial line, virtio device and memory of a guest, asked of itself.
+  static Answer ask(VmmProcess& vm) {
     vm.type("?");
     std::string line;
     REQUIRE(vm.wait_for_line("ticks ", line));
@@ -251,43 +259,63 @@ TEST_CASE("forks go on where the template stood, each on its own") {
     CHECK(answer.damaged == 0);
     CHECK(answer.random_bytes == 8);
     return answer;
-  };
-  const auto ends_well = [](VmmProcess& vm) {
+  }
+  static void ends_well(VmmProcess& vm) {
+    (void)ask(vm);
     vm.type(".");
     const VmmResult result = vm.finish();
     CHECK(result.output.ends_with("done\n"));
     CHECK(result.output.find("FAILED") == std::string::npos);
     CHECK(result.errors == "");
     CHECK(result.status == 0);
-  };
+  }
+};
 
+}  // namespace
+
+TEST_CASE("forks go on where the template stood, each on its own") {
+  const ForkStage stage;
   VmmProcess source("continued", {"--mem", "64M", "--name", "source", "--cmdline", "mib=32"});
   REQUIRE(source.wait_for("ready\n"));
-  const Answer before = ask(source);
-  const VmmResult snapshot = run_command(with_store({"snapshot", "--name", "base", "source"}));
+  const auto before = stage.ask(source);
+  const VmmResult snapshot = stage.command({"snapshot", "--name", "base", "source"});
   CHECK(snapshot.errors == "");
   CHECK(snapshot.output.starts_with("base: 64M of memory; the VM stood still for "));
   REQUIRE(snapshot.status == 0);
-  const Answer after = ask(source);
-  CHECK(after.ticks > before.ticks);
-  CHECK(run_command(with_store({"template", "verify", "base"})).output == "base: whole\n");
-  CHECK(run_command(with_store({"snapshot", "--name", "base", "source"})).status == 1);  // there is one already
+  CHECK(stage.ask(source).ticks > before.ticks);
+  CHECK(stage.command({"template", "verify", "base"}).output == "base: whole\n");
+  CHECK(stage.command({"snapshot", "--name", "base", "source"}).status == 1);  // there is one already
 
-  VmmProcess one(with_store({"fork", "--template", "base", "--name", "one"}));
-  VmmProcess two(with_store({"fork", "--template", "base", "--name", "two"}));
-  const Answer first = ask(one), second = ask(two);
+  VmmProcess one(stage.with_store({"fork", "--template", "base", "--name", "one"}));
+  VmmProcess two(stage.with_store({"fork", "--template", "base", "--name", "two"}));
+  const auto first = stage.ask(one), second = stage.ask(two);
   CHECK(first.ticks > before.ticks);
   CHECK(first.random != second.random);
-  CHECK(ask(one).ticks > first.ticks);
+  CHECK(stage.ask(one).ticks > first.ticks);
   // A fork of a fork; the template may go while its forks run.
-  CHECK(run_command(with_store({"snapshot", "--name", "again", "one"})).status == 0);
-  CHECK(run_command(with_store({"template", "rm", "base"})).status == 0);
-  VmmProcess third(with_store({"fork", "--template", "again"}));
-  CHECK(ask(third).ticks > first.ticks);
-  CHECK(run_command(with_store({"fork", "--template", "base"})).status == 1);
-  for (VmmProcess* vm : {&source, &one, &two, &third}) {
-    (void)ask(*vm);
-    ends_well(*vm);
+  CHECK(stage.command({"snapshot", "--name", "again", "one"}).status == 0);
+  CHECK(stage.command({"template", "rm", "base"}).status == 0);
+  VmmProcess third(stage.with_store({"fork", "--template", "again"}));
+  CHECK(stage.ask(third).ticks > first.ticks);
+  CHECK(stage.command({"fork", "--template", "base"}).status == 1);
+  for (VmmProcess* vm : {&source, &one, &two, &third}) stage.ends_well(*vm);
+}
+
+TEST_CASE("a machine that runs is forked, and so is its fork") {
+  for (const std::string backing : {"anonymous", "memfd"}) {
+    CAPTURE(backing);
+    const ForkStage stage;
+    VmmProcess source("continued",
+                      {"--mem", "64M", "--mem-backing", backing, "--name", "source", "--cmdline", "mib=32"});
+    REQUIRE(source.wait_for("ready\n"));
+    const auto before = stage.ask(source);
+    VmmProcess one({"fork", "--from", "source", "--name", "one"});
+    const auto first = stage.ask(one);
+    CHECK(first.ticks > before.ticks);
+    VmmProcess two({"fork", "--from", "one", "--name", "two"});
+    VmmProcess sister({"fork", "--from", "source", "--name", "sister"});
+    CHECK(stage.ask(two).ticks > first.ticks);
+    CHECK(stage.ask(sister).random != first.random);
+    for (VmmProcess* vm : {&source, &one, &two, &sister}) stage.ends_well(*vm);
   }
-  ::unsetenv("CLONE_RUNTIME_DIR");
 }
