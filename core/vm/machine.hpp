@@ -70,6 +70,7 @@ class Machine {
     ConsoleHub& console;
     ControlServer* control = nullptr;
     const InstanceDirectory* directory = nullptr;  // with `control`
+    bool is_fork = false;                          // the first machine was restored
   };
 
   // `saved`: NULL to boot; otherwise it lasts until start() returns, and is of a machine with this plan.
@@ -109,6 +110,7 @@ class Machine {
   GsiPool& gsi_pool() { return gsi_pool_; }
   WindowPool& window_pool() { return window_pool_; }
   const Plan& plan() const { return plan_.plan; }
+  bool is_fork() const { return around_.is_fork; }
 
   struct AcpiParts {
     std::vector<AcpiNode> nodes;

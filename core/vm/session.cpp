@@ -272,7 +272,7 @@ Result<Ending> Run::run(Timing& first_timing, TimingReport report, const SavedMa
     ending_.reset();
     paused_ = false;
     const Machine::Surroundings around{loop_, console_, control_ ? &*control_ : nullptr,
-                                       directory_ ? &*directory_ : nullptr};
+                                       directory_ ? &*directory_ : nullptr, saved != nullptr};
     machine_ = TRY(
         Machine::create(plan_, around, timing, [this](Ending how, const std::string& detail) { end(how, detail); },
                         first ? saved : nullptr));

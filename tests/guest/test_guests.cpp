@@ -6,8 +6,10 @@
 #include <sys/stat.h>
 #include <time.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <memory>
 #include <sstream>
 #include <thread>
 
@@ -318,4 +320,71 @@ TEST_CASE("a machine that runs is forked, and so is its fork") {
     CHECK(stage.ask(sister).random != first.random);
     for (VmmProcess* vm : {&source, &one, &two, &sister}) stage.ends_well(*vm);
   }
+}
+
+TEST_CASE("a disk that was written to gets a layer of its own in each fork, and must be as it was") {
+  const ForkStage stage;
+  const std::string disk = stage.dir.write("disk", std::string(kDiskBytes, '\xaa'));
+  const auto run = [&](const std::string& options) {
+    auto vm = std::make_unique<VmmProcess>(
+        "continued", std::vector<std::string>{"--mem", "64M", "--name", "source", "--block", disk + options});
+    REQUIRE(vm->wait_for("ready\n"));
+    return vm;
+  };
+  {
+    const auto source = run("");
+    REQUIRE(stage.command({"snapshot", "--name", "held", "source"}).status == 0);
+    const VmmResult held = stage.command({"fork", "--template", "held"});
+    CHECK(held.errors.find("in use by another process (opened for writing)") != std::string::npos);
+    CHECK(held.status == 1);
+    REQUIRE(stage.command({"snapshot", "--name", "base", "--stop", "source"}).status == 0);
+    CHECK(source->finish().status == 6);
+  }
+  {
+    ::setenv("HOME", stage.dir.path().c_str(), 1);  // of temporary layers
+    VmmProcess one(stage.with_store({"fork", "--template", "base"}));
+    VmmProcess two(stage.with_store({"fork", "--template", "base"}));
+    for (VmmProcess* vm : {&one, &two}) (void)stage.ask(*vm);
+    const VmmResult kept = stage.command({"snapshot", "--name", "again", "--vm-id", "source"});
+    CHECK(kept.status == 1);  // there is none of that name any more
+    for (VmmProcess* vm : {&one, &two}) stage.ends_well(*vm);
+  }
+  CHECK((read_file(disk) == std::string(kDiskBytes, '\xaa')));
+  std::ofstream(disk, std::ios::in | std::ios::out).put('x');
+  const VmmResult changed = stage.command({"fork", "--template", "base"});
+  CHECK(changed.errors.find("plugin virtio-blk.0: path=" + disk + ": is not as it was when the snapshot was taken") !=
+        std::string::npos);
+  CHECK(changed.status == 1);
+}
+
+TEST_CASE("a snapshot that is damaged, or is not there, is refused in one line") {
+  const ForkStage stage;
+  VmmProcess source("continued", {"--mem", "64M", "--name", "source"});
+  REQUIRE(source.wait_for("ready\n"));
+  REQUIRE(stage.command({"snapshot", "--name", "base", "source"}).status == 0);
+  stage.ends_well(source);
+  const std::string state = stage.dir.path() + "/store/base/state";
+  const std::string whole = read_file(state);
+  const auto refused = [&](const std::string& content) {
+    std::ofstream(state, std::ios::binary | std::ios::trunc) << content;
+    const VmmResult result = stage.command({"fork", "--template", "base"});
+    CHECK(result.status == 1);
+    CHECK(result.errors.starts_with("clone: error: "));
+    CHECK(std::count(result.errors.begin(), result.errors.end(), '\n') == 1);
+  };
+  for (const size_t size : {size_t{0}, size_t{1}, size_t{64}, whole.size() / 2, whole.size() - 1}) {
+    CAPTURE(size);
+    refused(whole.substr(0, size));
+  }
+  for (size_t place = 0; place < whole.size(); place += whole.size() / 16) {
+    CAPTURE(place);
+    std::string flipped = whole;
+    flipped[place] = static_cast<char>(flipped[place] ^ 0x10);
+    refused(flipped);
+  }
+  CHECK(stage.command({"fork", "--template", "nothing"}).errors.find("nothing") != std::string::npos);
+  std::ofstream(state, std::ios::binary | std::ios::trunc) << whole;
+  // What others could have written is not trusted.
+  std::filesystem::permissions(state, std::filesystem::perms::others_write, std::filesystem::perm_options::add);
+  CHECK(stage.command({"fork", "--template", "base"}).status == 1);
 }
