@@ -19,25 +19,25 @@ extern "C" {
 #define CLONE_MACHINE_PANIC 3u     /* the guest reported that it crashed */
 
 #define CLONE_ORIGIN_BOOT 0u
-#define CLONE_ORIGIN_SAVED \
-  1u /* a template, or another machine: load() comes before its first start(), and others may come from there */
+/* A template, or another machine: load() comes before its first start(), and others may come from there. */
+#define CLONE_ORIGIN_SAVED 1u
 
 typedef struct clone_host_machine {
   uint32_t size;
   uint32_t reserved;
   /* [any] */
-  uint32_t (*vcpu_count)(const clone_host* host);
-  uint64_t (*memory_bytes)(const clone_host* host);
+  uint32_t (*vcpu_count)(const clone_host *host);
+  uint64_t (*memory_bytes)(const clone_host *host);
   /* [any] Returns at once; the VM's main thread acts on it. The first request wins. */
-  void (*request)(const clone_host* host, uint32_t what);
+  void (*request)(const clone_host *host, uint32_t what);
   /* [control] &inactive. `pressed` is called, [control], when somebody wants the guest to power off in good order. It
    * returns CLONE_OK when the guest has been told, CLONE_EMPTY when it will be once it listens. */
-  clone_status (*on_power_button)(const clone_host* host, clone_status (*pressed)(void* context), void* context,
-                                  clone_err* err);
+  clone_status (*on_power_button)(const clone_host *host, clone_status (*pressed)(void *context), void *context,
+                                  clone_err *err);
   /* [any] As --name gave it, "" when it was not given. Lasts as long as the machine. */
-  const char* (*name)(const clone_host* host);
+  const char *(*name)(const clone_host *host);
   /* [any] CLONE_ORIGIN_…, the same after a reset. */
-  uint32_t (*origin)(const clone_host* host);
+  uint32_t (*origin)(const clone_host *host);
 } clone_host_machine;
 
 #ifdef __cplusplus
