@@ -388,3 +388,48 @@ TEST_CASE("a snapshot that is damaged, or is not there, is refused in one line")
   std::filesystem::permissions(state, std::filesystem::perms::others_write, std::filesystem::perm_options::add);
   CHECK(stage.command({"fork", "--template", "base"}).status == 1);
 }
+
+TEST_CASE("a fork that is killed at any moment leaves nothing behind") {
+  const ForkStage stage;
+  const std::string disk = stage.dir.write("disk", std::string(kDiskBytes, '\xaa'));
+  {
+    VmmProcess source("continued", {"--mem", "64M", "--name", "source", "--block", disk});
+    REQUIRE(source.wait_for("ready\n"));
+    REQUIRE(stage.command({"snapshot", "--name", "base", "--stop", "source"}).status == 0);
+  }
+  ::setenv("HOME", (stage.dir.path() + "/home").c_str(), 1);
+  std::filesystem::create_directory(stage.dir.path() + "/home");
+  const auto entries = [](const std::string& folder) {
+    std::vector<std::string> names;
+    for (const auto& entry : std::filesystem::directory_iterator(folder)) names.push_back(entry.path().filename());
+    std::sort(names.begin(), names.end());
+    return names;
+  };
+  const auto templates = entries(stage.dir.path() + "/store");
+  for (int delay_ms = 0; delay_ms < 30; ++delay_ms) {
+    VmmProcess vm(stage.with_store({"fork", "--template", "base"}));
+    std::this_thread::sleep_for(std::chrono::milliseconds(delay_ms));
+    vm.signal(SIGKILL);
+    CHECK(vm.finish().status == 128 + SIGKILL);
+  }
+  VmmProcess last(stage.with_store({"fork", "--template", "base", "--name", "last"}));
+  (void)stage.ask(last);
+  // What the dead left is cleared when another starts: there is its directory, and what is hidden there is for all.
+  auto machines = entries(stage.dir.path() + "/run");
+  std::erase_if(machines, [](const std::string& name) { return name.starts_with('.'); });
+  CHECK(machines.size() == 1);
+  CHECK(entries(stage.dir.path() + "/store") == templates);
+  CHECK(entries(stage.dir.path() + "/home/.clone/overlays").empty());
+  stage.ends_well(last);
+  CHECK((read_file(disk) == std::string(kDiskBytes, '\xaa')));
+}
+
+TEST_CASE("forks of machines with several processors and much memory") {
+  const ForkStage stage;
+  VmmProcess source("continued", {"--mem", "4G", "--vcpus", "4", "--name", "source", "--cmdline", "mib=256"});
+  REQUIRE(source.wait_for("ready\n"));
+  REQUIRE(stage.command({"snapshot", "--name", "base", "source"}).status == 0);
+  VmmProcess one(stage.with_store({"fork", "--template", "base"}));
+  VmmProcess two({"fork", "--from", "source"});
+  for (VmmProcess* vm : {&source, &one, &two}) stage.ends_well(*vm);
+}
