@@ -7,6 +7,7 @@
 
 #include "cli/command.hpp"
 #include "cli/machine_options.hpp"
+#include "cli/many.hpp"
 #include "cli/template_option.hpp"
 #include "cli/vm_option.hpp"
 #include "snapshot/backend.hpp"
@@ -59,6 +60,7 @@ ExitCode fork_command(const Arguments& arguments) {
   StartOptions options;
   TemplateStore store;
   std::string name, vm;
+  unsigned count = 1;
   CLI::App app(
       "Start a virtual machine from where another stood: clone fork --template NAME | --from VM [OPTIONS]",
       "clone fork");
@@ -67,6 +69,9 @@ ExitCode fork_command(const Arguments& arguments) {
   origins->add_option("--from", vm, "A VM that runs and goes on, by name, id or process id.")->type_name("VM");
   origins->require_option(1);
   add_store_option(app, store);
+  app.add_option("--count", count, "Start so many, NAME-1, NAME-2, … without a console here, and wait for them all.")
+      ->type_name("N")
+      ->check(CLI::Range(1u, 1000u));
   for (const Setting& setting : settings)
     if (is_setting_of_forks(setting)) add_setting(app, setting, options.settings);
   add_start_options(app, options);
@@ -94,8 +99,20 @@ ExitCode fork_command(const Arguments& arguments) {
   auto checked = check_plan(*plan, library);
   if (!checked.ok()) return fail(checked.error(), ExitCode::usage);
   timing.mark("plugins");
-  Session session(*checked, library, timing, options.timing ? TimingReport::print : TimingReport::none, &origin.saved);
-  return exit_code_of(session.run());
+  const auto run = [&] {
+    Session session(*checked, library, timing, options.timing ? TimingReport::print : TimingReport::none,
+                    &origin.saved);
+    return exit_code_of(session.run());
+  };
+  if (count == 1) return run();
+  const std::string given = checked->plan.name;
+  const auto name_of = [&](unsigned number) {
+    return (given.empty() ? "fork" : given) + "-" + std::to_string(number);
+  };
+  return start_many(count, name_of, [&](unsigned number) {
+    if (!given.empty()) checked->plan.name = name_of(number);
+    return run();
+  });
 }
 
 }  // namespace vmm
