@@ -29,6 +29,9 @@ struct IdentityPage {
 constexpr uint32_t kGenerationId = CLONE_IDENTITY_PAGE + offsetof(IdentityPage, generation_id);
 static_assert(sizeof(IdentityPage) == 136 && kGenerationId % 8 == 0);
 
+// A line that is given to nobody who asks for any.
+constexpr uint32_t kGsi = 13;
+
 struct SavedState {
   uint64_t generation;
   uint32_t gsi;  // as the guest's ACPI tables have it
@@ -91,7 +94,7 @@ Result<void> Vmgenid::configure(const clone_sdk::Options&) {
   machine_ = CLONE_TRY(host().service<clone_host_machine>(CLONE_HOST_MACHINE));
   irq_ = CLONE_TRY(host().service<clone_host_irq>(CLONE_HOST_IRQ));
   const auto* acpi = CLONE_TRY(host().service<clone_host_acpi>(CLONE_HOST_ACPI));
-  gsi_ = CLONE_TRY(host().allocate_gsi());
+  gsi_ = CLONE_TRY(host().allocate_gsi(kGsi));
   const Aml devices = generation_counter() + event_device(gsi_);
   ErrorBuffer error;
   return error.result(acpi->add_aml(host().raw(), devices.data(), devices.size(), error));
