@@ -29,13 +29,11 @@ struct IdentityPage {
 constexpr uint32_t kGenerationId = CLONE_IDENTITY_PAGE + offsetof(IdentityPage, generation_id);
 static_assert(sizeof(IdentityPage) == 136 && kGenerationId % 8 == 0);
 
-// A line that is given to nobody who asks for any.
+// A PC's for its coprocessor: given to nobody who asks for any, and in a fork the one that the guest was told of.
 constexpr uint32_t kGsi = 13;
 
 struct SavedState {
   uint64_t generation;
-  uint32_t gsi;  // as the guest's ACPI tables have it
-  uint32_t reserved;
 };
 constexpr uint32_t kStateVersion = 1;
 
@@ -62,9 +60,9 @@ Aml generation_counter() {
                             name("_DDN", text("VM_Gen_Counter")) + name("ADDR", address));
 }
 
-Aml event_device(uint32_t gsi) {
+Aml event_device() {
   // §6.4.3.6: an extended interrupt, of a consumer, edge-triggered and active high; then the end tag.
-  const Aml interrupt = Aml("\x89\x06\x00\x03\x01", 5) + dword(gsi) + Aml("\x79\x00", 2);
+  const Aml interrupt = Aml("\x89\x06\x00\x03\x01", 5) + dword(kGsi) + Aml("\x79\x00", 2);
   const Aml resources = sized("\x11", Aml("\x0a") + static_cast<char>(interrupt.size()) + interrupt);
   const Aml event =
       sized("\x14", Aml("_EVT\x09") + "\x86VGEN\x0a\x80");  // one argument, serialized: Notify (VGEN, 0x80)
@@ -94,8 +92,8 @@ Result<void> Vmgenid::configure(const clone_sdk::Options&) {
   machine_ = CLONE_TRY(host().service<clone_host_machine>(CLONE_HOST_MACHINE));
   irq_ = CLONE_TRY(host().service<clone_host_irq>(CLONE_HOST_IRQ));
   const auto* acpi = CLONE_TRY(host().service<clone_host_acpi>(CLONE_HOST_ACPI));
-  gsi_ = CLONE_TRY(host().allocate_gsi(kGsi));
-  const Aml devices = generation_counter() + event_device(gsi_);
+  CLONE_TRY(host().allocate_gsi(kGsi));
+  const Aml devices = generation_counter() + event_device();
   ErrorBuffer error;
   return error.result(acpi->add_aml(host().raw(), devices.data(), devices.size(), error));
 }
@@ -104,7 +102,7 @@ Result<void> Vmgenid::start() {
   if (std::exchange(begun_, true)) return {};
   ++generation_;
   CLONE_TRY(write_page());
-  if (generation_ > 1) irq_->pulse(host().raw(), gsi_);
+  if (generation_ > 1) irq_->pulse(host().raw(), kGsi);
   return {};
 }
 
@@ -127,16 +125,13 @@ Result<void> Vmgenid::reset_device() {
 }
 
 Result<void> Vmgenid::save(const clone_sdk::Writer& writer) {
-  return writer.put("generation", kStateVersion, SavedState{generation_, gsi_, 0});
+  return writer.put("generation", kStateVersion, SavedState{generation_});
 }
 
 Result<void> Vmgenid::load(const clone_sdk::Reader& reader) {
   const auto state = CLONE_TRY(reader.get<SavedState>("generation", kStateVersion));
   if (state.generation == 0 || state.generation == UINT64_MAX)
     return Error{"section generation holds an impossible number", 0, CLONE_ERR_CORRUPT};
-  if (state.gsi != gsi_)
-    return Error{"the guest was told of interrupt line " + std::to_string(state.gsi) + ", this machine has " +
-                 std::to_string(gsi_)};
   generation_ = state.generation;
   begun_ = false;
   return {};

@@ -32,7 +32,6 @@ class Vmgenid final : public clone_sdk::Device {
   const clone_host_memory* memory_ = nullptr;
   const clone_host_machine* machine_ = nullptr;
   const clone_host_irq* irq_ = nullptr;
-  uint32_t gsi_ = 0;
 };
 
 }  // namespace pc_platform
