@@ -113,8 +113,9 @@ double megabytes(const char* target, unsigned mib, bool to_guest) {
 
 // A stream to the agent, which the VM hands out on its control socket.
 int dial_agent(int control) {
-  static const char request[] = R"({"jsonrpc":"2.0","id":1,"method":"guest-agent.connect","params":{"timeout_ms":60000}})"
-                                "\n";
+  static const char request[] =
+      R"({"jsonrpc":"2.0","id":1,"method":"guest-agent.connect","params":{"timeout_ms":60000}})"
+      "\n";
   put(control, request, sizeof request - 1);
   int stream = -1;
   for (bool whole = false; !whole;) {
