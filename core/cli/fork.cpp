@@ -95,6 +95,7 @@ ExitCode fork_command(const Arguments& arguments) {
   if (!profile.ok()) return fail(profile.error());
   auto plan = make_plan(*profile, options.settings);
   if (!plan.ok()) return fail(plan.error(), ExitCode::usage);
+  plan->complete = true;  // the guest knows of no others
   timing.mark("plan");
   auto checked = check_plan(*plan, library);
   if (!checked.ok()) return fail(checked.error(), ExitCode::usage);

@@ -113,14 +113,14 @@ KeyValues given_options(const PlannedDevice& planned, const OptionValues& checke
 
 Result<std::vector<GivenSetting>> read_profile(const std::string& path, const std::vector<Setting>& settings) {
   const Mapping file = TRY(map_file(path).context("profile"));
-  constexpr size_t largest_bytes = 1 << 20;
-  if (file.size_bytes() > largest_bytes) return Error{"profile: " + path + ": larger than 1 MiB"};
   return parse_profile({reinterpret_cast<const char*>(file.data()), file.size_bytes()}, path,
                        std::filesystem::absolute(path).parent_path().string(), settings);
 }
 
 Result<std::vector<GivenSetting>> parse_profile(const std::string& text, const std::string& name,
                                                 const std::string& folder, const std::vector<Setting>& settings) {
+  constexpr size_t largest_bytes = 1 << 20;
+  if (text.size() > largest_bytes) return Error{"profile: " + name + ": larger than 1 MiB"};
   ProfileReader reader(name, folder, settings);
   try {
     const YAML::Node root = YAML::Load(text);

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <limits>
 #include <string_view>
 
 namespace vmm {
@@ -15,8 +16,16 @@ namespace {
 constexpr std::string_view kSuccess = "ok";
 constexpr size_t kLongestText = 4096;
 
+void close_between(int first, int last) {
+  if (first <= last) ::close_range(static_cast<unsigned>(first), static_cast<unsigned>(last), 0);
+}
+
 // Nothing of what the other process holds is touched: no destructors, no exit handlers.
-[[noreturn]] void be_the_child(int result, const std::function<Result<void>()>& work) {
+[[noreturn]] void be_the_child(int result, int keep, const std::function<Result<void>()>& work) {
+  const auto [low, high] = std::minmax(result, keep < 0 ? result : keep);
+  close_between(STDERR_FILENO + 1, low - 1);
+  close_between(low + 1, high - 1);
+  close_between(high + 1, std::numeric_limits<int>::max());
   const Result<void> done = work();
   const std::string_view text = done.ok() ? kSuccess : std::string_view(done.error().message);
   const ssize_t told = ::write(result, text.data(), std::min(text.size(), kLongestText));
@@ -26,13 +35,14 @@ constexpr size_t kLongestText = 4096;
 }  // namespace
 
 Result<std::unique_ptr<BackgroundWork>> BackgroundWork::start(EventLoop& loop,
-                                                              const std::function<Result<void>()>& work, Done done) {
+                                                              const std::function<Result<void>()>& work, Done done,
+                                                              int keep) {
   int ends[2];
   if (::pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0) return errno_error("pipe");
   Fd ours(ends[0]), theirs(ends[1]);
   const pid_t child = ::fork();
   if (child < 0) return errno_error("fork");
-  if (child == 0) be_the_child(theirs.get(), work);
+  if (child == 0) be_the_child(theirs.get(), keep, work);
   std::unique_ptr<BackgroundWork> running(new BackgroundWork(loop, std::move(ours), child, std::move(done)));
   TRY(loop.add_fd(running->result_.get(), CLONE_READABLE, [self = running.get()](uint32_t) { self->ready(); }));
   return running;

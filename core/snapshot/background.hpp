@@ -20,10 +20,11 @@ class BackgroundWork {
   // Called once, unless this object goes before: the work then ends by itself, and nobody is told.
   using Done = std::function<void(Result<void>)>;
 
-  // `work` runs in the child, where this process's threads do not exist: it must not wait for any of them. The machine is
-  // paused, its memory its own (GuestMemory::make_private); when this returns it may go on.
+  // `work` runs in the child, where neither this process's threads nor its descriptors exist, but for `keep`, so that no
+  // lock or device of the machine outlives it: it opens what it needs, and waits for nobody. The machine is paused, its
+  // memory its own (GuestMemory::make_private); when this returns it may go on.
   static Result<std::unique_ptr<BackgroundWork>> start(EventLoop& loop, const std::function<Result<void>()>& work,
-                                                       Done done);
+                                                       Done done, int keep = -1);
   BackgroundWork(const BackgroundWork&) = delete;
   BackgroundWork& operator=(const BackgroundWork&) = delete;
   ~BackgroundWork();

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "memory/guest_memory.hpp"
 #include "memory/usage.hpp"
@@ -47,6 +48,17 @@ Result<std::vector<std::byte>> bytes_of(std::string_view text) {
   return bytes;
 }
 
+Result<void> write_all(int file, std::span<const std::byte> bytes, uint64_t offset) {
+  while (!bytes.empty()) {
+    const ssize_t written = ::pwrite(file, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+    if (written < 0 && errno == EINTR) continue;
+    if (written <= 0) return errno_error("the fork's memory");
+    offset += static_cast<uint64_t>(written);
+    bytes = bytes.subspan(static_cast<size_t>(written));
+  }
+  return {};
+}
+
 }  // namespace
 
 json::array sections_to_json(const Sections& sections) {
@@ -82,13 +94,19 @@ Result<Fd> make_memory_file(const GuestMemory& memory) {
 }
 
 Result<void> copy_memory(const GuestMemory& memory, int file) {
+  static constexpr std::byte zeroes[kPageSize]{};
+  const auto is_zero = [](std::span<const std::byte> bytes) {
+    return std::memcmp(bytes.data(), zeroes, kPageSize) == 0;
+  };
   return memory.visit_contents(kPieceBytes, [&](uint64_t offset, std::span<const std::byte> bytes) -> Result<void> {
     while (!bytes.empty()) {
-      const ssize_t written = ::pwrite(file, bytes.data(), bytes.size(), static_cast<off_t>(offset));
-      if (written < 0 && errno == EINTR) continue;
-      if (written <= 0) return errno_error("the fork's memory");
-      offset += static_cast<uint64_t>(written);
-      bytes = bytes.subspan(static_cast<size_t>(written));
+      // Pages of zeroes stay holes; the others are written up to the next of those.
+      size_t count = 0;
+      while (count < bytes.size() && !is_zero(bytes.subspan(count))) count += kPageSize;
+      if (count > 0) TRY(write_all(file, bytes.first(count), offset));
+      count = std::max<size_t>(count, kPageSize);
+      offset += count;
+      bytes = bytes.subspan(count);
     }
     return {};
   });

@@ -17,7 +17,7 @@ Result<Sections> sections_from_json(const boost::json::value& json);
 
 // A file in memory of the size of `memory`, empty.
 Result<Fd> make_memory_file(const GuestMemory& memory);
-// The contents of `memory` into it; what was never touched stays a hole.
+// The contents of `memory` into it; pages of zeroes stay holes.
 Result<void> copy_memory(const GuestMemory& memory, int file);
 
 }  // namespace vmm

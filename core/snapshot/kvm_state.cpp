@@ -71,6 +71,7 @@ constexpr FeatureWord kFeatureWords[] = {
     {0x7, 0, Register::ecx, 1u << 4 | 0x1fu << 17},  // OSPKE, MAWAU
     {0x7, 0, Register::edx, 0},
     {0x7, 1, Register::eax, 0},
+    {0x7, 1, Register::edx, 0},
     {0x7, 2, Register::edx, 0},
     {0xd, 0, Register::eax, 0},
     {0xd, 1, Register::eax, 0},
@@ -79,6 +80,7 @@ constexpr FeatureWord kFeatureWords[] = {
     {0x8000'0001, 0, Register::edx, 0},
     {0x8000'0007, 0, Register::edx, 0},
     {0x8000'0008, 0, Register::ebx, 0},
+    {0x8000'0021, 0, Register::eax, 0},
 };
 
 struct FeatureName {
@@ -145,6 +147,23 @@ uint32_t word_in(std::span<const kvm_cpuid_entry2> entries, const FeatureWord& w
 // What the time stamp counter has to be advanced by: kilohertz are counts a millisecond.
 uint64_t counts(uint64_t ns, uint32_t tsc_khz) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(ns) * tsc_khz / 1'000'000);
+}
+
+uint64_t saved_tsc(std::span<const kvm_msr_entry> msrs) {
+  const auto found = std::ranges::find(msrs, kTscMsr, &kvm_msr_entry::index);
+  return found == msrs.end() ? 0 : found->data;
+}
+
+// KVM takes a time stamp that is within a second of what it expects as one to be kept in step with that, and what it
+// expects of new vCPUs is a machine that has just begun. So a young machine's counters are first set far away.
+Result<void> leave_first_second(VcpuPointers vcpus, const Sections& sections, uint32_t tsc_khz) {
+  const uint64_t second = uint64_t{tsc_khz} * 1000;
+  const auto msrs =
+      TRY(sections.get_list<kvm_msr_entry>(kOwner, vcpu_tag(vcpus.front()->id(), "msrs"), kVersion));
+  if (saved_tsc(msrs) > 4 * second) return {};
+  const kvm_msr_entry far_away{kTscMsr, 0, 1000 * second};
+  for (const KvmVcpu* vcpu : vcpus) TRY(vcpu->set_msrs({&far_away, 1}));
+  return {};
 }
 
 Result<void> load_msrs(const KvmVcpu& vcpu, const Sections& sections, uint64_t tsc_counts) {
@@ -245,6 +264,7 @@ Result<void> load_kvm(const KvmVm& vm, VcpuPointers vcpus, const Sections& secti
   kvm_clock_data clock{};
   clock.clock = time.guest_ns + passed_ns;
   TRY(vm.set_clock(clock));
+  TRY(leave_first_second(vcpus, sections, time.tsc_khz));
 
   for (KvmVcpu* vcpu : vcpus) {
     const uint32_t id = vcpu->id();

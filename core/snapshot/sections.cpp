@@ -67,11 +67,19 @@ SectionReader::SectionReader(const Sections& sections, std::string owner)
                const auto found = self.sections_.all().find({self.owner_, tag});
                if (found == self.sections_.all().end())
                  return Error{name_of(self.owner_, tag) + " is missing", 0, CLONE_ERR_NOT_FOUND};
+               self.read_.insert(tag);
                *version = found->second.version;
                *data = found->second.bytes.data();
                *size_bytes = found->second.bytes.size();
                return {};
              });
            }} {}
+
+Result<void> SectionReader::check_all_read() const {
+  for (const auto& [key, section] : sections_.all())
+    if (key.first == owner_ && !read_.contains(key.second))
+      return Error{name_of(owner_, key.second) + " is unknown here", 0, CLONE_ERR_CORRUPT};
+  return {};
+}
 
 }  // namespace vmm

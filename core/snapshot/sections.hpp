@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -92,10 +93,13 @@ class SectionReader {
   SectionReader(const SectionReader&) = delete;
   SectionReader& operator=(const SectionReader&) = delete;
   const clone_reader& raw() const { return raw_; }
+  // An error when there is a section that nobody has asked for: its meaning would be lost.
+  Result<void> check_all_read() const;
 
  private:
   const Sections& sections_;
   std::string owner_;
+  std::set<std::string, std::less<>> read_;
   clone_reader raw_;
 };
 
