@@ -176,24 +176,30 @@ void answer(const char* directory, char** vm) {
   while (*ask && strcmp(*ask, "--") != 0) ++ask;
   const bool given = *ask != nullptr;
   if (given) *ask++ = nullptr;
-  char pattern[4096];
-  snprintf(pattern, sizeof pattern, "%s/*/control.sock", directory);
   glob_t found{};
+  const auto there_is = [&](const char* socket) {
+    char pattern[4096];
+    snprintf(pattern, sizeof pattern, "%s/*/%s", directory, socket);
+    return glob(pattern, 0, nullptr, &found) == 0;
+  };
   posix_spawn_file_actions_t files;
   posix_spawn_file_actions_init(&files);
   posix_spawn_file_actions_addopen(&files, 0, "/dev/null", O_RDONLY, 0);
   posix_spawn_file_actions_addopen(&files, 1, "/dev/null", O_WRONLY, 0);
-  pid_t process;
+  static pid_t process;
   const double before = now_ms();
   if (posix_spawnp(&process, vm[0], &files, nullptr, vm, environ) != 0) die(vm[0]);
-  while (glob(pattern, 0, nullptr, &found) != 0) {
+  atexit([] {
+    kill(process, SIGKILL);
+    waitpid(process, nullptr, 0);
+  });
+  while (!there_is("console.sock")) {  // which is made when control.sock listens
     if (waitpid(process, nullptr, WNOHANG) != 0) die("the VM has ended");
     usleep(1000);
   }
+  if (!there_is("control.sock")) die("control.sock");
   given ? start(ask) : exec_true(dial_path(found.gl_pathv[0]));
   printf("%.4f\n", now_ms() - before);
-  kill(process, SIGKILL);
-  waitpid(process, nullptr, 0);
 }
 
 template <typename Once>
