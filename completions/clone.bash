@@ -9,12 +9,12 @@ _clone_options() { # COMMAND: its options
         --rootfs --block --overlay --cid --vsock --plugin-dir --allow-insecure-plugins --dry-run --timing --verbose --quiet
       ;;
     fork)
-      echo --template --from --count --store --ksm --no-reboot --grace --name --no-control --overlay --plugin-dir \
+      echo --template --from --count --backend --store --ksm --no-reboot --grace --name --no-control --overlay --plugin-dir \
         --allow-insecure-plugins --timing --verbose --quiet
       ;;
-    snapshot) echo --vm-id --name --store --stop ;;
-    'template list' | 'template inspect') echo --json --store --plugin-dir --allow-insecure-plugins ;;
-    'template verify' | 'template rm') echo --store --plugin-dir --allow-insecure-plugins ;;
+    snapshot) echo --vm-id --name --backend --store --stop ;;
+    'template list' | 'template inspect') echo --json --backend --store --plugin-dir --allow-insecure-plugins ;;
+    'template verify' | 'template rm') echo --backend --store --plugin-dir --allow-insecure-plugins ;;
     list) echo --json --no-daemon ;;
     status) echo --json --watch ;;
     attach) echo --vm-id --read-only ;;
@@ -78,6 +78,7 @@ _clone() {
     fork:--template | fork:-t) _clone_offer "$(_clone_templates "$program")" ;;
     run:--kernel | run:--initrd | run:--profile | run:--rootfs | run:--block) _clone_offer_files -f ;;
     run:--modules | *:--plugin-dir | *:--store) _clone_offer_files -d ;;
+    *:--backend) _clone_offer "$(_clone_provided "$program" snapshot-backend)" ;;
     run:--boot-protocol) _clone_offer "auto linux64 pvh" ;;
     run:--mem-backing) _clone_offer "anonymous memfd" ;;
     run:--huge-pages) _clone_offer "off kernel transparent 2M" ;;

@@ -103,6 +103,7 @@ complete -c clone -n '__clone_in fork' -l template -s t -xa '(__clone_templates)
 complete -c clone -n '__clone_in fork' -l from -xa '(__clone_vms)' -d 'A VM that runs and goes on'
 complete -c clone -n '__clone_in fork' -l count -x -d 'So many, each a process'
 complete -c clone -n '__clone_in fork snapshot "template list" "template inspect" "template verify" "template rm"' -l store -xa '(__fish_complete_directories)' -d 'Folder of the templates'
+complete -c clone -n '__clone_in fork snapshot "template list" "template inspect" "template verify" "template rm"' -l backend -xa 'file memory' -d 'What keeps the templates'
 complete -c clone -n '__clone_in snapshot' -l name -s n -x -d 'What the template is called'
 complete -c clone -n '__clone_in snapshot' -l stop -d 'End the VM when the template is written'
 complete -c clone -n '__clone_in template' -a list -d 'The templates that there are'

@@ -8,10 +8,12 @@
 
 #include "plugin/library.hpp"
 #include "snapshot/backend.hpp"
+#include "snapshot/plan_sections.hpp"
 
 namespace vmm {
 
 struct TemplateStore {
+  std::string backend = kDefaultSnapshotBackend;
   std::string folder;  // empty: the backend's own choice
 };
 

@@ -459,3 +459,30 @@ TEST_CASE("many forks from one command") {
   CHECK(!result.timed_out);
   CHECK(rows() <= 0);
 }
+
+TEST_CASE("a template that is kept in memory outlives its machine, and touches no disk") {
+  const ForkStage stage;
+  const std::vector<std::string> memory{"--backend", "memory"};
+  const auto in_memory = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.end(), memory.begin(), memory.end());
+    return arguments;
+  };
+  {
+    VmmProcess source("continued", {"--mem", "64M", "--name", "source", "--cmdline", "mib=32"});
+    REQUIRE(source.wait_for("ready\n"));
+    const VmmResult kept = run_command(in_memory({"snapshot", "--name", "base", "source"}));
+    CHECK(kept.errors == "");
+    REQUIRE(kept.status == 0);
+    stage.ends_well(source);
+  }
+  CHECK(run_command(in_memory({"template", "list"})).output.find("\nbase ") != std::string::npos);
+  CHECK(stage.command({"template", "list"}).output.find("base") == std::string::npos);
+  VmmProcess one(in_memory({"fork", "--template", "base", "--name", "one"}));
+  VmmProcess two(in_memory({"fork", "--template", "base", "--name", "two"}));
+  for (VmmProcess* vm : {&one, &two}) (void)stage.ask(*vm);
+  CHECK(run_command(in_memory({"template", "rm", "base"})).status == 0);
+  CHECK(run_command(in_memory({"fork", "--template", "base"})).status == 1);
+  for (VmmProcess* vm : {&one, &two}) stage.ends_well(*vm);
+  CHECK(run_command({"template", "list", "--backend", "nothing"}).errors.find("unknown snapshot-backend 'nothing'") !=
+        std::string::npos);
+}
