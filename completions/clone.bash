@@ -12,9 +12,12 @@ _clone_options() { # COMMAND: its options
       echo --template --from --count --backend --store --ksm --no-reboot --grace --name --no-control --overlay --plugin-dir \
         --allow-insecure-plugins --timing --verbose --quiet
       ;;
-    snapshot) echo --vm-id --name --backend --store --stop ;;
+    snapshot) echo --vm-id --name --incremental --backend --store --stop ;;
     'template list' | 'template inspect') echo --json --backend --store --plugin-dir --allow-insecure-plugins ;;
-    'template verify' | 'template rm') echo --backend --store --plugin-dir --allow-insecure-plugins ;;
+    'template verify' | 'template rm' | 'template flatten' | 'template export')
+      echo --backend --store --plugin-dir --allow-insecure-plugins
+      ;;
+    'template import') echo --name --backend --store --plugin-dir --allow-insecure-plugins ;;
     list) echo --json --no-daemon ;;
     status) echo --json --watch ;;
     attach) echo --vm-id --read-only ;;
@@ -69,7 +72,7 @@ _clone() {
   for word in "${COMP_WORDS[@]:2:COMP_CWORD - 2}"; do
     case $command:$word in
       exec:--) return ;; # the guest's command is behind it
-      template:list | template:inspect | template:verify | template:rm | plugin:list | plugin:inspect | plugin:check | rootfs:create) command+=" $word" ;;
+      template:list | template:inspect | template:verify | template:rm | template:flatten | template:export | template:import | plugin:list | plugin:inspect | plugin:check | rootfs:create) command+=" $word" ;;
     esac
   done
 
@@ -98,7 +101,7 @@ _clone() {
       _clone_offer_files -f
       ;;
     run:--cmdline | run:--init | run:--mem | run:--mem-mb | run:--vcpus | run:--grace | run:--name | run:--balloon | run:--cid) ;;
-    fork:--grace | fork:--name | fork:--count | snapshot:--name | snapshot:-n) ;;
+    fork:--grace | fork:--name | fork:--count | snapshot:--name | snapshot:-n | 'template import':--name | 'template import':-n) ;;
     stop:--grace | exec:--user | exec:-u | exec:--workdir | exec:-w | exec:--env | exec:-e | exec:--timeout | cp:--timeout) ;;
     'plugin check':--with | 'plugin check':--time-limit | 'rootfs create':--size | 'rootfs create':--hostname) ;;
     'rootfs create':--from-docker | 'rootfs create':--release | 'rootfs create':--mirror | 'rootfs create':--package) ;;
@@ -112,8 +115,15 @@ _clone() {
           for vm in $(_clone_vms "$program"); do _clone_offer "$vm:"; done
           compopt -o nospace 2>/dev/null
           ;;
-        template:*) _clone_offer "list inspect verify rm" ;;
-        'template inspect':* | 'template verify':* | 'template rm':*) _clone_offer "$(_clone_templates "$program")" ;;
+        template:*) _clone_offer "list inspect verify rm flatten export import" ;;
+        'template inspect':* | 'template verify':* | 'template rm':* | 'template flatten':*)
+          _clone_offer "$(_clone_templates "$program")"
+          ;;
+        'template export':*)
+          _clone_offer "$(_clone_templates "$program")"
+          _clone_offer_files -f
+          ;;
+        'template import':*) _clone_offer_files -f ;;
         plugin:*) _clone_offer "list inspect check" ;;
         'plugin inspect':*) _clone_offer "$(_clone_plugins "$program")" ;;
         'plugin check':*) _clone_offer_files -f ;;

@@ -8,9 +8,7 @@
 namespace vmm {
 namespace {
 
-constexpr uint64_t kMostExtents = 1 << 20;
-// A snapshot is written in pieces of this size: large enough for the disk, small beside the machine.
-constexpr uint64_t kPieceBytes = 4 << 20;
+constexpr uint64_t kMostExtents = 1 << 24;
 
 }  // namespace
 
@@ -31,8 +29,7 @@ Result<clone_status> SnapshotBackend::call(const char* phase, Call&& body) const
 Result<std::unique_ptr<SnapshotBackend>> SnapshotBackend::create(PluginLibrary& library, const std::string& type,
                                                                  const KeyValues& options) {
   std::unique_ptr<SnapshotBackend> backend(new SnapshotBackend(TRY(library.snapshot_backend(type))));
-  const auto values =
-      TRY(OptionValues::check(backend->type_.descriptor, options).context("snapshot backend " + type));
+  const auto values = TRY(OptionValues::check(backend->type_.descriptor, options).context("snapshot backend " + type));
   TRY(backend->call("while it was created", [&](clone_err* err) {
     return backend->type_.table.create(backend->host_.raw(), &values.raw(), &backend->backend_, err);
   }));
@@ -86,21 +83,36 @@ SnapshotImage::~SnapshotImage() {
 }
 
 Result<void> SnapshotImage::write_memory(const GuestMemory& memory) {
-  return memory.visit_contents(
-      kPieceBytes, [&](uint64_t offset, std::span<const std::byte> bytes) -> Result<void> {
-        TRY(backend_->call("while memory was written", [&](clone_err* err) {
-          return backend_->type_.table.write_memory(image_, offset, bytes.data(), bytes.size(), err);
-        }));
-        return {};
-      });
+  return memory.visit_contents(kSnapshotPieceBytes, [&](uint64_t offset, std::span<const std::byte> bytes) {
+    return write_memory(offset, bytes);
+  });
+}
+
+Result<void> SnapshotImage::write_memory(const GuestMemory& memory, const PageSet& pages) {
+  return memory.visit_pages(pages, kSnapshotPieceBytes, [&](uint64_t offset, std::span<const std::byte> bytes) {
+    return write_memory(offset, bytes);
+  });
+}
+
+Result<void> SnapshotImage::write_memory(uint64_t offset, std::span<const std::byte> bytes) {
+  TRY(backend_->call("while memory was written", [&](clone_err* err) {
+    return backend_->type_.table.write_memory(image_, offset, bytes.data(), bytes.size(), err);
+  }));
+  return {};
 }
 
 Result<void> SnapshotImage::write(const Sections& sections) {
   for (const auto& [key, section] : sections.all())
-    TRY(backend_->call("while a section was written", [&](clone_err* err) {
-      return backend_->type_.table.write_section(image_, key.first.c_str(), key.second.c_str(), section.version,
-                                                 section.bytes.data(), section.bytes.size(), err);
-    }));
+    TRY(write_section(key.first, key.second, section.version, section.bytes));
+  return {};
+}
+
+Result<void> SnapshotImage::write_section(const std::string& owner, const std::string& tag, uint32_t version,
+                                          std::span<const std::byte> bytes) {
+  TRY(backend_->call("while a section was written", [&](clone_err* err) {
+    return backend_->type_.table.write_section(image_, owner.c_str(), tag.c_str(), version, bytes.data(), bytes.size(),
+                                               err);
+  }));
   return {};
 }
 

@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,9 @@ namespace vmm {
 
 class SnapshotBackend;
 
+// A snapshot's memory is handled in pieces of this size: large enough for the disk, small beside the machine.
+constexpr uint64_t kSnapshotPieceBytes = 4 << 20;
+
 // One that is being written, or one that was opened. The backend lasts longer.
 class SnapshotImage {
  public:
@@ -29,7 +33,12 @@ class SnapshotImage {
 
   // Pages of zeroes need not be written.
   Result<void> write_memory(const GuestMemory& memory);
+  // Over a parent: what differs from it.
+  Result<void> write_memory(const GuestMemory& memory, const PageSet& pages);
+  Result<void> write_memory(uint64_t offset, std::span<const std::byte> bytes);
   Result<void> write(const Sections& sections);
+  Result<void> write_section(const std::string& owner, const std::string& tag, uint32_t version,
+                             std::span<const std::byte> bytes);
   Result<void> commit();
 
   // Where the memory lies; descriptors last as long as this object.
@@ -58,6 +67,7 @@ class SnapshotBackend {
   SnapshotBackend& operator=(const SnapshotBackend&) = delete;
   ~SnapshotBackend();
 
+  // parent: empty for a full one; one that is not there is CLONE_ERR_NOT_FOUND.
   Result<SnapshotImage> begin(const std::string& name, const std::string& parent, uint64_t memory_bytes) const;
   Result<SnapshotImage> open(const std::string& name) const;
   Result<std::vector<Entry>> list() const;

@@ -9,6 +9,7 @@
 #include "boot/entry.hpp"
 #include "boot/modules.hpp"
 #include "clone/abi/boot_arguments.h"
+#include "clone/abi/vhost.h"
 #include "clone/abi/virtio.h"
 #include "clone/sdk/error.hpp"
 #include "loop/thread.hpp"
@@ -115,6 +116,7 @@ Result<void> Machine::restore(Timing& timing) {
     const SectionReader reader(saved_->sections, instance.host.name());
     TRY(call_plugin(instance, "while its state was loaded",
                     [&](clone_err* err) { return instance.ops.load(instance.device, &reader.raw(), err); }));
+    TRY(reader.check_all_read());
     owners.insert(instance.host.name());
   }
   for (const auto& [key, section] : saved_->sections.all())
@@ -155,6 +157,37 @@ Result<void> Machine::save(Sections& sections) {
     TRY(reclaim_->save(writer.raw()));
   }
   return save_kvm(*kvm_, *vm_, vcpu_pointers(), sections);
+}
+
+Result<void> Machine::track_dirty_pages() {
+  for (const Instance& instance : instances_)
+    if (const auto vhost = extension_of<clone_vhost>(instance, CLONE_VHOST))
+      TRY(call_plugin(instance, "while its log of pages was begun",
+                      [&](clone_err* err) { return vhost->start_log(instance.device, err); }));
+  memory_->enable_dirty_tracking(true);
+  for (uint32_t slot = 0; slot < memory_->regions().size(); ++slot)
+    TRY(vm_->set_memory_slot(slot, memory_->regions()[slot], KVM_MEM_LOG_DIRTY_PAGES));
+  return {};
+}
+
+Result<void> Machine::take_dirty_pages(PageSet& pages) {
+  const auto mark = [](void* memory, uint64_t address, uint64_t size_bytes) noexcept {
+    static_cast<GuestMemory*>(memory)->mark_dirty({address}, size_bytes);
+  };
+  for (const Instance& instance : instances_)
+    if (const auto vhost = extension_of<clone_vhost>(instance, CLONE_VHOST))
+      TRY(call_plugin(instance, "while its log of pages was taken",
+                      [&](clone_err* err) { return vhost->take_log(instance.device, mark, &*memory_, err); }));
+  uint64_t first_page = 0;
+  for (uint32_t slot = 0; slot < memory_->regions().size(); ++slot) {
+    const uint64_t page_count = memory_->regions()[slot].size_bytes / kPageSize;
+    const auto log = TRY(vm_->dirty_log(slot, page_count));
+    pages.add(first_page, log);
+    if (vm_->dirty_log_is_manual()) TRY(vm_->clear_dirty_log(slot, 0, static_cast<uint32_t>(page_count), log));
+    pages.add(first_page, memory_->take_dirty(slot));
+    first_page += page_count;
+  }
+  return {};
 }
 
 Result<void> Machine::load_kernel(const KernelFile& kernel) {
@@ -395,9 +428,9 @@ Result<void> Machine::pause() {
   if (!vcpus_->pause_all()) return Error{"the machine is coming to its end", 0, CLONE_ERR_STATE};
   if (reclaim_) reclaim_->pause();
   for (Instance& instance : instances_) {
+    instance.quiesced = true;  // one that fails halfway is resumed like the others
     auto quiesced = call_plugin(instance, "while it was quiesced",
                                 [&](clone_err* err) { return instance.ops.quiesce(instance.device, err); });
-    instance.quiesced = quiesced.ok();
     if (quiesced.ok()) continue;
     TRY(resume());
     return std::move(quiesced).error();

@@ -94,6 +94,10 @@ class Machine {
 
   // All but the memory of a paused machine. A device that cannot be saved is an error by its name.
   Result<void> save(Sections& sections);
+  // Of a paused machine: from now on it is known which pages are written, by the guest or by the host's side.
+  Result<void> track_dirty_pages();
+  // Adds those that were written since the last call, or since tracking began. The machine is paused.
+  Result<void> take_dirty_pages(PageSet& pages);
 
   // What devices publish of the guest. False when none does.
   bool read_balloon(clone_balloon_state& state) const;

@@ -2,6 +2,7 @@
 // The control methods that keep a machine as it stands, or hand it on to a fork, while it goes on.
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <functional>
 #include <memory>
@@ -10,8 +11,8 @@
 
 #include "control/control_server.hpp"
 #include "plan/plan.hpp"
-#include "snapshot/background.hpp"
 #include "snapshot/backend.hpp"
+#include "snapshot/background.hpp"
 #include "vm/machine.hpp"
 
 namespace vmm {
@@ -50,13 +51,23 @@ class Snapshots {
     Clock::time_point begun;
     Clock::duration took{};
   };
+  // A snapshot that was committed. Its id, in it, tells it from another one of its name.
+  using Id = std::array<std::byte, 16>;
+  struct Kept {
+    std::string name;
+    Id id;
+  };
 
   Result<void> snapshot(const boost::json::object& given, Reply& reply);
   Result<void> fork(const boost::json::object& given, Reply& reply);
+  // In the pause of a snapshot: adds to `unsaved_`, or begins to.
+  Result<void> note_dirty_pages();
+  // Over the parent, as long as it is the one that the store has under its name.
+  Result<SnapshotImage> begin_over_parent(const SnapshotBackend& backend, const std::string& name) const;
   // Saves the machine, paused for it, and calls `then`; paused it stays only if that succeeds and says so.
   Result<Pause> while_paused(Sections& sections, Afterwards afterwards, const std::function<Result<void>()>& then);
   Result<void> start(const char* what, const std::function<Result<void>()>& work,
-                     std::function<void(Result<void>)> done);
+                     std::function<void(Result<void>)> done, int keep = -1);
 
   const CheckedPlan& plan_;
   PluginLibrary& library_;
@@ -64,6 +75,11 @@ class Snapshots {
   const Owner owner_;
   Machine* machine_ = nullptr;
   std::optional<Pending> pending_;
+
+  bool tracks_ = false;
+  std::string cannot_track_;    // why not
+  std::optional<Kept> parent_;  // of the next incremental snapshot: the machine's last one
+  PageSet unsaved_;             // written since then, as of the last pause
 };
 
 }  // namespace vmm
