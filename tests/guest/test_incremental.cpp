@@ -113,21 +113,35 @@ TEST_CASE("each link of a chain of five holds its own memory") {
   }
 }
 
-TEST_CASE("an incremental snapshot of an idle machine is small") {
+TEST_CASE("an incremental snapshot has what changed, much or next to nothing") {
   const Stage stage;
-  VmmProcess source("changes", machine());
+  // A step changes 9 MiB: too much to be copied in the pause.
+  VmmProcess source("changes", {"--mem", "128M", "--name", "source", "--cmdline", "mib=64"});
   REQUIRE(source.wait_for("ready\n"));
+  const auto stored_bytes = [&](const std::string& name) {
+    uint64_t bytes = 0;
+    struct stat status {};
+    for (const char* file : {"/memory", "/state"}) {
+      REQUIRE(::stat((stage.store + "/" + name + file).c_str(), &status) == 0);
+      bytes += static_cast<uint64_t>(status.st_blocks) * 512;
+    }
+    return bytes;
+  };
   stage.succeeds(stage.snapshot("base", "source", false));
   stage.succeeds(stage.snapshot("idle", "source"));
-  uint64_t stored_bytes = 0;
-  struct stat status {};
-  for (const char* file : {"/idle/memory", "/idle/state"}) {
-    REQUIRE(::stat((stage.store + file).c_str(), &status) == 0);
-    stored_bytes += static_cast<uint64_t>(status.st_blocks) * 512;
-  }
-  CHECK(stored_bytes <= 200 << 10);
+  CHECK(stored_bytes("idle") <= 200 << 10);
+  CHECK(stage.ask(source, "+") == 1);
+  stage.succeeds(stage.snapshot("changed", "source"));
+  CHECK(stored_bytes("changed") > 7 << 20);
+  CHECK(stored_bytes("changed") < 12 << 20);
+  stage.succeeds(stage.snapshot("idle-again", "source"));
+  CHECK(stored_bytes("idle-again") <= 200 << 10);
   stage.holds("idle", 0);
-  stage.ends_well(source);
+  stage.holds("idle-again", 1);
+  // The machine itself is forked whole all the same.
+  VmmProcess fork({"fork", "--from", "source"});
+  CHECK(stage.ask(fork, "+") == 2);
+  for (VmmProcess* vm : {&source, &fork}) stage.ends_well(*vm);
 }
 
 TEST_CASE("an incremental snapshot needs the one before it, that very one") {
