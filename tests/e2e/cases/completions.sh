@@ -114,6 +114,10 @@ offers 'verify' clone template v
 offers 'base warm' clone template rm ''
 offers 'warm' clone template inspect --json w
 offers '' clone template list ''
+offers 'flatten' clone template fl
+offers 'base warm' clone template flatten ''
+offers 'a file.img' clone template import a
+offers '--incremental' clone snapshot --in
 offers 'web:' clone cp w
 offers 'a file.img' clone cp a
 offers '' clone cp web : /etc
