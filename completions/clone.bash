@@ -8,6 +8,16 @@ _clone_options() { # COMMAND: its options
         --ksm --vcpus --no-reboot --grace --name --no-control --transport --balloon-policy --device --without --balloon \
         --rootfs --block --overlay --cid --vsock --plugin-dir --allow-insecure-plugins --dry-run --timing --verbose --quiet
       ;;
+    fork)
+      echo --template --from --count --backend --store --ksm --no-reboot --grace --name --no-control --overlay --plugin-dir \
+        --allow-insecure-plugins --timing --verbose --quiet
+      ;;
+    snapshot) echo --vm-id --name --incremental --backend --store --stop ;;
+    'template list' | 'template inspect') echo --json --backend --store --plugin-dir --allow-insecure-plugins ;;
+    'template verify' | 'template rm' | 'template flatten' | 'template export')
+      echo --backend --store --plugin-dir --allow-insecure-plugins
+      ;;
+    'template import') echo --name --backend --store --plugin-dir --allow-insecure-plugins ;;
     list) echo --json --no-daemon ;;
     status) echo --json --watch ;;
     attach) echo --vm-id --read-only ;;
@@ -29,6 +39,7 @@ _clone_options() { # COMMAND: its options
 }
 
 _clone_vms() { "$1" list 2>/dev/null | awk 'NR > 1 { print $3 }'; }
+_clone_templates() { "$1" template list --json 2>/dev/null | grep -o '"name":"[^"]*' | cut -d '"' -f 4; }
 _clone_plugins() { "$1" plugin list 2>/dev/null | awk 'NR > 1 && NF { print $1 }'; }
 
 _clone_provided() { # PROGRAM KIND: the names of devices, transports or policies
@@ -49,7 +60,7 @@ _clone() {
   local command=${COMP_WORDS[1]} word vm
   COMPREPLY=()
   if ((COMP_CWORD == 1)); then
-    _clone_offer "run list status attach logs stop pause resume metrics exec cp plugin doctor rootfs --help --version"
+    _clone_offer "run fork snapshot template list status attach logs stop pause resume metrics exec cp plugin doctor rootfs --help --version"
     return
   fi
   # Bash breaks words at "=" and ":": --vm-id=web and web:/etc are three each.
@@ -61,23 +72,25 @@ _clone() {
   for word in "${COMP_WORDS[@]:2:COMP_CWORD - 2}"; do
     case $command:$word in
       exec:--) return ;; # the guest's command is behind it
-      plugin:list | plugin:inspect | plugin:check | rootfs:create) command+=" $word" ;;
+      template:list | template:inspect | template:verify | template:rm | template:flatten | template:export | template:import | plugin:list | plugin:inspect | plugin:check | rootfs:create) command+=" $word" ;;
     esac
   done
 
   case $command:$previous in
-    *:--vm-id) _clone_offer "$(_clone_vms "$program")" ;;
+    *:--vm-id | fork:--from) _clone_offer "$(_clone_vms "$program")" ;;
+    fork:--template | fork:-t) _clone_offer "$(_clone_templates "$program")" ;;
     run:--kernel | run:--initrd | run:--profile | run:--rootfs | run:--block) _clone_offer_files -f ;;
-    run:--modules | plugin*:--plugin-dir | run:--plugin-dir) _clone_offer_files -d ;;
+    run:--modules | *:--plugin-dir | *:--store) _clone_offer_files -d ;;
+    *:--backend) _clone_offer "$(_clone_provided "$program" snapshot-backend)" ;;
     run:--boot-protocol) _clone_offer "auto linux64 pvh" ;;
     run:--mem-backing) _clone_offer "anonymous memfd" ;;
     run:--huge-pages) _clone_offer "off kernel transparent 2M" ;;
-    run:--ksm) _clone_offer "on off" ;;
+    run:--ksm | fork:--ksm) _clone_offer "on off" ;;
     run:--vsock) _clone_offer "auto vhost user" ;;
     run:--transport) _clone_offer "$(_clone_provided "$program" transport)" ;;
     run:--balloon-policy) _clone_offer "$(_clone_provided "$program" balloon-policy) none" ;;
     run:--device | run:--without) _clone_offer "$(_clone_provided "$program" device)" ;;
-    run:--overlay)
+    run:--overlay | fork:--overlay)
       _clone_offer "tmpfs auto off"
       _clone_offer_files -f
       ;;
@@ -88,19 +101,29 @@ _clone() {
       _clone_offer_files -f
       ;;
     run:--cmdline | run:--init | run:--mem | run:--mem-mb | run:--vcpus | run:--grace | run:--name | run:--balloon | run:--cid) ;;
+    fork:--grace | fork:--name | fork:--count | snapshot:--name | snapshot:-n | 'template import':--name | 'template import':-n) ;;
     stop:--grace | exec:--user | exec:-u | exec:--workdir | exec:-w | exec:--env | exec:-e | exec:--timeout | cp:--timeout) ;;
     'plugin check':--with | 'plugin check':--time-limit | 'rootfs create':--size | 'rootfs create':--hostname) ;;
     'rootfs create':--from-docker | 'rootfs create':--release | 'rootfs create':--mirror | 'rootfs create':--package) ;;
     *)
       case $command:$current in
         *:-*) _clone_offer "$(_clone_options "$command")" ;;
-        attach:* | logs:* | stop:* | pause:* | resume:* | metrics:*) _clone_offer "$(_clone_vms "$program")" ;;
+        snapshot:* | attach:* | logs:* | stop:* | pause:* | resume:* | metrics:*) _clone_offer "$(_clone_vms "$program")" ;;
         cp:*)
           [[ $current != : && $previous != : ]] || return 0 # a path of the guest
           _clone_offer_files -f
           for vm in $(_clone_vms "$program"); do _clone_offer "$vm:"; done
           compopt -o nospace 2>/dev/null
           ;;
+        template:*) _clone_offer "list inspect verify rm flatten export import" ;;
+        'template inspect':* | 'template verify':* | 'template rm':* | 'template flatten':*)
+          _clone_offer "$(_clone_templates "$program")"
+          ;;
+        'template export':*)
+          _clone_offer "$(_clone_templates "$program")"
+          _clone_offer_files -f
+          ;;
+        'template import':*) _clone_offer_files -f ;;
         plugin:*) _clone_offer "list inspect check" ;;
         'plugin inspect':*) _clone_offer "$(_clone_plugins "$program")" ;;
         'plugin check':*) _clone_offer_files -f ;;

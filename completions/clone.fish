@@ -12,7 +12,7 @@ function __clone_command
             case 'exec --'
                 echo 'exec --'
                 return
-            case 'plugin list' 'plugin inspect' 'plugin check' 'rootfs create'
+            case 'template list' 'template inspect' 'template verify' 'template rm' 'template flatten' 'template export' 'template import' 'plugin list' 'plugin inspect' 'plugin check' 'rootfs create'
                 set command "$command $word"
         end
     end
@@ -31,6 +31,10 @@ function __clone_vms
     clone list 2>/dev/null | awk 'NR > 1 { print $3 "\t" $4 }'
 end
 
+function __clone_templates
+    clone template list --json 2>/dev/null | grep -o '"name":"[^"]*' | cut -d '"' -f 4
+end
+
 function __clone_plugins
     clone plugin list 2>/dev/null | awk 'NR > 1 && NF { print $1 }'
 end
@@ -44,6 +48,9 @@ complete -c clone -f
 complete -c clone -n '__clone_at_start' -l help -s h -d 'List the commands'
 complete -c clone -n '__clone_at_start' -l version -d 'Print the version'
 complete -c clone -n '__clone_at_start' -a run -d 'Boot a virtual machine'
+complete -c clone -n '__clone_at_start' -a fork -d 'Start a virtual machine from a template'
+complete -c clone -n '__clone_at_start' -a snapshot -d 'Keep a running VM as a template'
+complete -c clone -n '__clone_at_start' -a template -d 'List, inspect, verify, copy and remove templates'
 complete -c clone -n '__clone_at_start' -a list -d 'List the VMs that run'
 complete -c clone -n '__clone_at_start' -a status -d 'Tell what each VM and this host use of memory'
 complete -c clone -n '__clone_at_start' -a attach -d "Enter a VM's serial console"
@@ -69,12 +76,12 @@ complete -c clone -n '__clone_in run' -l mem -x -d 'Memory'
 complete -c clone -n '__clone_in run' -l mem-mb -x -d 'Memory'
 complete -c clone -n '__clone_in run' -l mem-backing -xa 'anonymous memfd' -d 'What the memory is on the host'
 complete -c clone -n '__clone_in run' -l huge-pages -xa 'off kernel transparent 2M' -d 'Back the memory with huge pages'
-complete -c clone -n '__clone_in run' -l ksm -xa 'on off' -d 'Let the host merge identical pages'
+complete -c clone -n '__clone_in run fork' -l ksm -xa 'on off' -d 'Let the host merge identical pages'
 complete -c clone -n '__clone_in run' -l vcpus -x -d 'Virtual processors'
-complete -c clone -n '__clone_in run' -l no-reboot -d 'Exit when the guest reboots or panics'
-complete -c clone -n '__clone_in run' -l grace -x -d 'Seconds to power off in'
-complete -c clone -n '__clone_in run' -l name -x -d 'What other commands call this VM'
-complete -c clone -n '__clone_in run' -l no-control -d 'No control socket'
+complete -c clone -n '__clone_in run fork' -l no-reboot -d 'Exit when the guest reboots or panics'
+complete -c clone -n '__clone_in run fork' -l grace -x -d 'Seconds to power off in'
+complete -c clone -n '__clone_in run fork' -l name -x -d 'What other commands call this VM'
+complete -c clone -n '__clone_in run fork' -l no-control -d 'No control socket'
 complete -c clone -n '__clone_in run' -l transport -xa '(__clone_provided transport)' -d 'How virtio devices appear'
 complete -c clone -n '__clone_in run' -l balloon-policy -xa 'none (__clone_provided balloon-policy)' -d 'What decides how much memory is given back'
 complete -c clone -n '__clone_in run' -l device -xa '(__clone_provided device)' -d 'Add a device'
@@ -82,22 +89,40 @@ complete -c clone -n '__clone_in run' -l without -xa '(__clone_provided device)'
 complete -c clone -n '__clone_in run' -l balloon -x -d 'Take this much memory back'
 complete -c clone -n '__clone_in run' -l rootfs -rF -d 'Boot from this disk image'
 complete -c clone -n '__clone_in run' -l block -rF -d 'Attach a disk image'
-complete -c clone -n '__clone_in run' -l overlay -rFa 'tmpfs auto off' -d 'Leave the image of --rootfs as it is'
+complete -c clone -n '__clone_in run fork' -l overlay -rFa 'tmpfs auto off' -d 'Leave the image of --rootfs as it is'
 complete -c clone -n '__clone_in run' -l cid -x -d "The guest's vsock context id"
 complete -c clone -n '__clone_in run' -l vsock -xa 'auto vhost user' -d 'Who carries vsock streams'
 complete -c clone -n '__clone_in run' -l dry-run -d 'Print the plan as a profile and exit'
-complete -c clone -n '__clone_in run' -l timing -d 'Print what each step of the start took'
-complete -c clone -n '__clone_in run' -l verbose -s v -d 'Tell more of what happens'
-complete -c clone -n '__clone_in run' -l quiet -s q -d 'Print errors only'
-complete -c clone -n '__clone_in run plugin "plugin list" "plugin inspect"' -l plugin-dir -xa '(__fish_complete_directories)' -d 'Look for plugins here first'
-complete -c clone -n '__clone_in run plugin "plugin list" "plugin inspect"' -l allow-insecure-plugins -d 'Load plugins that others could have written'
+complete -c clone -n '__clone_in run fork' -l timing -d 'Print what each step of the start took'
+complete -c clone -n '__clone_in run fork' -l verbose -s v -d 'Tell more of what happens'
+complete -c clone -n '__clone_in run fork' -l quiet -s q -d 'Print errors only'
+complete -c clone -n '__clone_in run fork "template list" "template inspect" "template verify" "template rm" "template flatten" "template export" "template import" plugin "plugin list" "plugin inspect"' -l plugin-dir -xa '(__fish_complete_directories)' -d 'Look for plugins here first'
+complete -c clone -n '__clone_in run fork "template list" "template inspect" "template verify" "template rm" "template flatten" "template export" "template import" plugin "plugin list" "plugin inspect"' -l allow-insecure-plugins -d 'Load plugins that others could have written'
+
+complete -c clone -n '__clone_in fork' -l template -s t -xa '(__clone_templates)' -d 'A template'
+complete -c clone -n '__clone_in fork' -l from -xa '(__clone_vms)' -d 'A VM that runs and goes on'
+complete -c clone -n '__clone_in fork' -l count -x -d 'So many, each a process'
+complete -c clone -n '__clone_in fork snapshot "template list" "template inspect" "template verify" "template rm" "template flatten" "template export" "template import"' -l store -xa '(__fish_complete_directories)' -d 'Folder of the templates'
+complete -c clone -n '__clone_in fork snapshot "template list" "template inspect" "template verify" "template rm" "template flatten" "template export" "template import"' -l backend -xa 'file memory' -d 'What keeps the templates'
+complete -c clone -n '__clone_in snapshot "template import"' -l name -s n -x -d 'What the template is called'
+complete -c clone -n '__clone_in snapshot' -l incremental -d 'Keep what differs from the last snapshot'
+complete -c clone -n '__clone_in snapshot' -l stop -d 'End the VM when the template is written'
+complete -c clone -n '__clone_in template' -a list -d 'The templates that there are'
+complete -c clone -n '__clone_in template' -a inspect -d 'What is in a template'
+complete -c clone -n '__clone_in template' -a verify -d 'Check the sums of everything in a template'
+complete -c clone -n '__clone_in template' -a rm -d 'Remove a template'
+complete -c clone -n '__clone_in template' -a flatten -d 'Make a full template of one that is a difference to others'
+complete -c clone -n '__clone_in template' -a export -d 'Write a template to a file'
+complete -c clone -n '__clone_in template' -a import -d 'Make a template of an exported file'
+complete -c clone -n '__clone_in "template export" "template import"' -F
+complete -c clone -n '__clone_in "template inspect" "template verify" "template rm" "template flatten" "template export"' -a '(__clone_templates)'
 
 complete -c clone -n '__clone_in list' -l no-daemon -d 'Look at the VMs themselves'
-complete -c clone -n '__clone_in list status doctor "plugin list"' -l json -d 'As JSON'
+complete -c clone -n '__clone_in list status doctor "template list" "template inspect" "plugin list"' -l json -d 'As JSON'
 complete -c clone -n '__clone_in status' -l watch -s w -d 'Draw it again and again'
 
-complete -c clone -n '__clone_in attach logs stop pause resume metrics' -a '(__clone_vms)'
-complete -c clone -n '__clone_in attach logs stop pause resume metrics exec cp' -l vm-id -xa '(__clone_vms)' -d 'Name, id or process id of the VM'
+complete -c clone -n '__clone_in snapshot attach logs stop pause resume metrics' -a '(__clone_vms)'
+complete -c clone -n '__clone_in snapshot attach logs stop pause resume metrics exec cp' -l vm-id -xa '(__clone_vms)' -d 'Name, id or process id of the VM'
 complete -c clone -n '__clone_in attach' -l read-only -s r -d 'Watch; type nothing'
 complete -c clone -n '__clone_in logs' -l follow -s f -d 'Go on with what is printed from now on'
 complete -c clone -n '__clone_in logs' -l vmm -d "The VMM's own messages instead"
@@ -142,4 +167,4 @@ complete -c clone -n '__clone_in "rootfs create"' -l mirror -x -d 'Where package
 complete -c clone -n '__clone_in "rootfs create"' -l package -x -d 'One more package'
 complete -c clone -n '__clone_in "rootfs create"' -l keys -rF -d 'Whose signatures count'
 
-complete -c clone -n '__clone_in run list status attach logs stop pause resume metrics exec cp doctor plugin "plugin list" "plugin inspect" "plugin check" rootfs "rootfs create"' -l help -s h -d 'Print help'
+complete -c clone -n '__clone_in run fork snapshot template "template list" "template inspect" "template verify" "template rm" "template flatten" "template export" "template import" list status attach logs stop pause resume metrics exec cp doctor plugin "plugin list" "plugin inspect" "plugin check" rootfs "rootfs create"' -l help -s h -d 'Print help'

@@ -2,16 +2,17 @@
 // Where things lie in guest physical memory (docs/memory-map.md shows the whole map).
 #pragma once
 
+#include "clone/abi/machine.h"
 #include "memory/guest_memory.hpp"
 
 namespace vmm::layout {
 
 // Below 1 MiB: what the boot leaves for the kernel, free again once the kernel has read it.
 constexpr GuestAddress kGdt{0x500};
-constexpr GuestAddress kIdentityPage{0x6000};  // kept from the guest's allocator: what makes this VM unlike its forks
-constexpr GuestAddress kBootInfo{0x7000};      // a page: boot_params (the "zero page"), or PVH's hvm_start_info
-constexpr GuestAddress kStackTop{0x9000};      // a page of stack below it
-constexpr GuestAddress kPageTables{0x9000};    // up to 6 pages
+constexpr GuestAddress kIdentityPage{CLONE_IDENTITY_PAGE};  // kept from the guest's allocator: for a device
+constexpr GuestAddress kBootInfo{0x7000};    // a page: boot_params (the "zero page"), or PVH's hvm_start_info
+constexpr GuestAddress kStackTop{0x9000};    // a page of stack below it
+constexpr GuestAddress kPageTables{0x9000};  // up to 6 pages
 constexpr GuestAddress kRandomSeed{0xf000};
 constexpr GuestAddress kCommandLine{0x20000};
 constexpr uint64_t kCommandLineBytes = 0x10000;

@@ -46,6 +46,9 @@ Parsed parse(CLI::App& app, const std::vector<std::string>& arguments);
 // `arguments` are those behind the command's name.
 using Arguments = std::vector<std::string>;
 ExitCode run_command(const Arguments& arguments);
+ExitCode fork_command(const Arguments& arguments);
+ExitCode snapshot_command(const Arguments& arguments);
+ExitCode template_command(const Arguments& arguments);
 ExitCode list_command(const Arguments& arguments);
 ExitCode status_command(const Arguments& arguments);
 ExitCode attach_command(const Arguments& arguments);

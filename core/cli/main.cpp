@@ -24,6 +24,9 @@ struct Command {
 
 constexpr Command kCommands[] = {
     {"run", "Boot a virtual machine.", run_command},
+    {"fork", "Start a virtual machine from a template.", fork_command},
+    {"snapshot", "Keep a running VM as a template.", snapshot_command},
+    {"template", "List, inspect, verify, copy and remove templates.", template_command},
     {"list", "List the VMs that run.", list_command},
     {"status", "Tell what each VM and this host use of memory.", status_command},
     {"attach", "Enter a VM's serial console.", attach_command},

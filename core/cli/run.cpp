@@ -1,69 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 // `clone run`: settings from flags and profile, checked into a plan, and the machine run until it ends.
 #include <CLI/CLI.hpp>
-#include <algorithm>
 #include <cstdio>
-#include <cstring>
 
 #include "cli/command.hpp"
 #include "cli/device_help.hpp"
+#include "cli/machine_options.hpp"
 #include "plan/profile.hpp"
 #include "plan/settings.hpp"
-#include "util/log.hpp"
 #include "vm/session.hpp"
 
 namespace vmm {
 namespace {
 
-struct RunOptions {
-  PluginPaths plugins;
+struct RunOptions : StartOptions {
   std::string profile;
   bool dry_run = false;
-  bool timing = false;
-  bool quiet = false;
-  bool verbose = false;
-  std::vector<GivenSetting> settings;
 };
-
-// Flags depend on the plugins there are, so the two options that decide about plugins are read first.
-PluginPaths early_plugin_paths(const Arguments& arguments) {
-  PluginPaths paths;
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    if (arguments[i] == "--plugin-dir" && i + 1 < arguments.size()) paths.folders.push_back(arguments[i + 1]);
-    if (arguments[i].starts_with("--plugin-dir="))
-      paths.folders.push_back(arguments[i].substr(std::strlen("--plugin-dir=")));
-    if (arguments[i] == "--allow-insecure-plugins") paths.trust = PluginTrust::any;
-  }
-  return paths;
-}
-
-void add_setting(CLI::App& app, const Setting& setting, std::vector<GivenSetting>& given) {
-  const std::string flag = "--" + setting.name + (setting.name == "mem" ? ",--mem-mb" : "");
-  auto record = [&setting, &given](std::string value) {
-    given.push_back({&setting, std::move(value), {}, "--" + setting.name});
-  };
-  if (setting.kind == SettingKind::toggle) {
-    app.add_flag_callback(
-           flag, [record] { record("on"); }, setting.help)
-        ->group(setting.group);
-    return;
-  }
-  CLI::Option* option = app.add_option_function<std::vector<std::string>>(
-      flag,
-      [record, &setting, &given](const std::vector<std::string>& values) {
-        // Of a value given twice the last counts.
-        if (setting.kind != SettingKind::list)
-          std::erase_if(given, [&](const GivenSetting& earlier) { return earlier.setting == &setting; });
-        for (const std::string& value : values) record(value);
-      },
-      setting.help);
-  option->type_name(setting.value_name)
-      ->group(setting.group)
-      ->expected(setting.kind == SettingKind::optional_value ? 0 : 1, 1)
-      ->allow_extra_args(false)
-      ->trigger_on_parse()
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-}
 
 }  // namespace
 
@@ -80,19 +33,10 @@ ExitCode run_command(const Arguments& arguments) {
   app.add_option("--profile", options.profile, "Settings from a YAML file; flags win over it.")
       ->type_name("FILE")
       ->group("Boot");
-  add_plugin_options(app, options.plugins);
   app.add_flag("--dry-run", options.dry_run, "Print the resulting plan as a profile and exit.")->group("Output");
-  app.add_flag("--timing", options.timing, "Print what each step of the start took, on standard error.")
-      ->group("Output");
-  app.add_flag("--verbose,-v", options.verbose, "Tell more of what happens.")->group("Output");
-  app.add_flag("--quiet,-q", options.quiet, "Print errors only.")->group("Output");
-  if (const Parsed parsed = parse(app, arguments); parsed.done) {
-    // A flag may be unknown because the plugin that declares it was refused.
-    if (parsed.code == ExitCode::usage)
-      for (const RefusedFile& refused : catalogue->refused()) log_warning(refused.path + ": " + refused.error.message);
-    return parsed.code;
-  }
-  set_log_level(options.verbose ? LogLevel::debug : options.quiet ? LogLevel::error : LogLevel::warning);
+  add_start_options(app, options);
+  if (const Parsed parsed = parse_settings(app, arguments, *catalogue); parsed.done) return parsed.code;
+  apply_verbosity(options);
 
   PluginLibrary library(*catalogue);
   for (const GivenSetting& given : options.settings)
@@ -121,22 +65,8 @@ ExitCode run_command(const Arguments& arguments) {
     std::fputs(write_profile(*checked).c_str(), stdout);
     return ExitCode::success;
   }
-  Session session(*checked, timing, options.timing ? TimingReport::print : TimingReport::none);
-  auto ending = session.run();
-  if (!ending.ok()) return fail(ending.error());
-  switch (*ending) {
-    case Ending::power_off:
-      return ExitCode::success;
-    case Ending::reset:
-      return ExitCode::guest_reset;
-    case Ending::crashed:
-      return ExitCode::guest_crashed;
-    case Ending::kvm_failed:
-      return ExitCode::kvm_failed;
-    case Ending::stopped:
-      return ExitCode::guest_stopped;
-  }
-  return ExitCode::kvm_failed;
+  Session session(*checked, library, timing, options.timing ? TimingReport::print : TimingReport::none);
+  return exit_code_of(session.run());
 }
 
 }  // namespace vmm

@@ -146,6 +146,7 @@ Result<KvmVcpu> KvmVcpu::create(const Kvm& kvm, const KvmVm& vm, uint32_t id) {
   Fd fd(TRY(KVM_CALL(vm.fd(), KVM_CREATE_VCPU, static_cast<unsigned long>(id)).context("vCPU " + std::to_string(id))));
   void* page = ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
   if (page == MAP_FAILED) return errno_error("vCPU " + std::to_string(id) + ": mmap");
+  ::madvise(page, size_bytes, MADV_DONTFORK);  // a child that has it would keep the VM
   const auto xsave_bytes = static_cast<size_t>(vm.capability(KVM_CAP_XSAVE2));
   return KvmVcpu(std::move(fd), id, Mapping(page, size_bytes), xsave_bytes);
 }

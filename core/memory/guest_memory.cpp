@@ -9,6 +9,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
+#include <fstream>
 #include <string>
 
 #include "memory/usage.hpp"
@@ -21,6 +23,8 @@ constexpr uint64_t kHugePageSize = 2 * kMiB;
 // A KVM memory slot holds less than 2^31 pages; half of that also keeps clear of every CPU's address width.
 constexpr uint64_t kMaximumSize = 4ull << 40;
 constexpr uint64_t kPagesInWord = 64;
+// Each may split a mapping in three; the kernel allows 65530 by default.
+constexpr uint32_t kMostReplacedRanges = 8192;
 
 std::string size_text(uint64_t size_bytes) {
   if (size_bytes % kMiB == 0 && size_bytes != 0) return std::to_string(size_bytes / kMiB) + " MiB";
@@ -72,7 +76,64 @@ Result<Fd> create_memfd(const MemoryConfig& config) {
   return fd;
 }
 
+// The kernel has a limit for the mappings of a process (vm.max_map_count): each extent may take two, and half of all is
+// left to others.
+uint64_t most_mapped_extents() {
+  uint64_t most = 65530;
+  std::ifstream("/proc/sys/vm/max_map_count") >> most;
+  return most / 4;
+}
+
+// Extents of at least so many bytes are mapped.
+uint64_t smallest_to_map(std::span<const MemoryExtent> extents) {
+  const uint64_t most = most_mapped_extents();
+  if (extents.size() <= most) return 0;
+  std::vector<uint64_t> sizes;
+  for (const MemoryExtent& extent : extents) sizes.push_back(extent.size_bytes);
+  std::nth_element(sizes.begin(), sizes.begin() + static_cast<ptrdiff_t>(most), sizes.end(), std::greater());
+  return sizes[most] + 1;
+}
+
 }  // namespace
+
+Result<void> read_snapshot_memory(int fd, uint64_t offset, std::span<std::byte> into) {
+  while (!into.empty()) {
+    const ssize_t count = ::pread(fd, into.data(), into.size(), static_cast<off_t>(offset));
+    if (count < 0 && errno == EINTR) continue;
+    if (count < 0) return errno_error("the snapshot's memory");
+    if (count == 0) return Error{"the snapshot's memory: its file ends too early", 0, CLONE_ERR_CORRUPT};
+    offset += static_cast<uint64_t>(count);
+    into = into.subspan(static_cast<size_t>(count));
+  }
+  return {};
+}
+
+void PageSet::add(uint64_t first_page, std::span<const uint64_t> words) {
+  const uint64_t first = first_page / kPagesInWord;
+  if (words_.size() < first + words.size()) words_.resize(first + words.size());
+  for (size_t i = 0; i < words.size(); ++i) words_[first + i] |= words[i];
+}
+
+uint64_t PageSet::count() const {
+  uint64_t pages = 0;
+  for (const uint64_t word : words_) pages += static_cast<uint64_t>(std::popcount(word));
+  return pages;
+}
+
+std::pair<uint64_t, uint64_t> PageSet::next_run(uint64_t page, uint64_t end) const {
+  // The next page that is in it, or is not: by words, of which most are empty.
+  const auto find = [&](uint64_t from, bool wanted) {
+    while (from < end && from / kPagesInWord < words_.size()) {
+      const uint64_t word = words_[from / kPagesInWord];
+      const uint64_t left = (wanted ? word : ~word) >> from % kPagesInWord;
+      if (left) return std::min(end, from + static_cast<uint64_t>(std::countr_zero(left)));
+      from = (from / kPagesInWord + 1) * kPagesInWord;
+    }
+    return wanted ? end : std::min(end, from);
+  };
+  const uint64_t first = find(page, true);
+  return {first, find(first, false)};
+}
 
 Result<GuestMemory> GuestMemory::create(const MemoryConfig& config) {
   const bool reserved_pages = config.huge_pages == HugePages::reserved_2m;
@@ -94,6 +155,8 @@ Result<GuestMemory> GuestMemory::create(const MemoryConfig& config) {
 
   GuestMemory memory;
   memory.size_bytes_ = config.size_bytes;
+  memory.mergeable_ = config.mergeable;
+  memory.reserved_pages_ = reserved_pages;
   memory.dirty_ = std::make_unique<DirtyBitmap>();
   if (config.backing == MemoryBacking::memfd) {
     Result<Fd> fd = create_memfd(config);
@@ -112,6 +175,127 @@ Result<GuestMemory> GuestMemory::create(const MemoryConfig& config) {
     offset += size_bytes;
   }
   return memory;
+}
+
+Result<GuestMemory> GuestMemory::restore(MemoryConfig config, std::span<const MemoryExtent> extents) {
+  config.backing = MemoryBacking::anonymous;
+  config.huge_pages = HugePages::off;
+  GuestMemory memory = TRY(create(config));
+  memory.become_restored();
+  const auto corrupt = [](const char* what) {
+    return Error{std::string("the snapshot's memory: ") + what, EINVAL, CLONE_ERR_CORRUPT};
+  };
+  const uint64_t smallest_mapped = smallest_to_map(extents);
+  uint64_t end = 0;  // of the extent before
+  for (const MemoryExtent& extent : extents) {
+    if ((extent.memory_offset | extent.fd_offset | extent.size_bytes) % kPageSize != 0)
+      return corrupt("an extent is not of whole pages");
+    if (extent.memory_offset < end || extent.memory_offset > memory.size_bytes_ ||
+        extent.size_bytes > memory.size_bytes_ - extent.memory_offset)
+      return corrupt("extents overlap, or lie outside of it");
+    end = extent.memory_offset + extent.size_bytes;
+    uint64_t region_offset = 0;
+    for (const Region& region : memory.regions_) {
+      const uint64_t start = std::max(extent.memory_offset, region_offset);
+      const uint64_t stop = std::min(end, region_offset + region.size_bytes);
+      std::byte* const where = region.host + (start - region_offset);
+      const uint64_t offset = extent.fd_offset + (start - extent.memory_offset);
+      region_offset += region.size_bytes;
+      if (start >= stop) continue;
+      if (extent.size_bytes < smallest_mapped) {
+        TRY(read_snapshot_memory(extent.fd, offset, {where, stop - start}));
+        continue;
+      }
+      if (::mmap(where, stop - start, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE, extent.fd,
+                 static_cast<off_t>(offset)) == MAP_FAILED)
+        return errno_error("the snapshot's memory: mmap");
+      if (config.mergeable) ::madvise(where, stop - start, MADV_MERGEABLE);
+    }
+  }
+  return memory;
+}
+
+void GuestMemory::become_restored() {
+  restored_ = std::make_unique<Restored>();
+  restored_->replaced.resize(size_bytes_ / kPageSize);
+}
+
+uint64_t GuestMemory::offset_of(GuestAddress start) const {
+  uint64_t offset = 0;
+  for (const Region& region : regions_) {
+    if (start < region.start + region.size_bytes) return offset + (start.value - region.start.value);
+    offset += region.size_bytes;
+  }
+  return offset;
+}
+
+Result<void> GuestMemory::make_private() {
+  if (!memfd_) return {};
+  // A copy of such a page may find none left in the host's pool, and the machine would die of it.
+  if (reserved_pages_)
+    return Error{"memory in a memfd of reserved huge pages (huge-pages=2M) cannot be copied as it is written"};
+  uint64_t offset = 0;
+  for (const Region& region : regions_) {
+    if (::mmap(region.host, region.size_bytes, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE,
+               memfd_.get(), static_cast<off_t>(offset)) == MAP_FAILED)
+      return errno_error("memory: mmap");
+    offset += region.size_bytes;
+  }
+  memfd_.reset();
+  become_restored();
+  return {};
+}
+
+Result<void> GuestMemory::visit_contents(
+    uint64_t most_bytes, const std::function<Result<void>(uint64_t, std::span<const std::byte>)>& visit) const {
+  // Present or swapped out (Linux Documentation/admin-guide/mm/pagemap.rst). Others were never touched.
+  constexpr uint64_t in_use = 3ull << 62;
+  const Fd pagemap(memfd_ || restored_ ? -1 : ::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
+  std::vector<uint64_t> pages(most_bytes / kPageSize);
+  uint64_t region_offset = 0;
+  for (const Region& region : regions_) {
+    for (uint64_t done = 0; done < region.size_bytes;) {
+      const uint64_t piece_bytes = std::min(most_bytes, region.size_bytes - done);
+      const uint64_t count = piece_bytes / kPageSize;
+      const uint64_t first = reinterpret_cast<uintptr_t>(region.host + done) / kPageSize;
+      const bool known = pagemap && ::pread(pagemap.get(), pages.data(), count * 8, static_cast<off_t>(first * 8)) ==
+                                        static_cast<ssize_t>(count * 8);
+      for (uint64_t page = 0; page < count;) {
+        uint64_t next = page;
+        while (next < count && known && !(pages[next] & in_use)) ++next;
+        const uint64_t start = next;
+        while (next < count && (!known || pages[next] & in_use)) ++next;
+        if (start < next)
+          TRY(visit(region_offset + done + start * kPageSize,
+                    {region.host + done + start * kPageSize, (next - start) * kPageSize}));
+        page = next;
+      }
+      done += piece_bytes;
+    }
+    region_offset += region.size_bytes;
+  }
+  return {};
+}
+
+void GuestMemory::share_with_children(bool wanted) const {
+  for (const Region& region : regions_) ::madvise(region.host, region.size_bytes, wanted ? MADV_DOFORK : MADV_DONTFORK);
+}
+
+Result<void> GuestMemory::visit_pages(
+    const PageSet& pages, uint64_t most_bytes,
+    const std::function<Result<void>(uint64_t, std::span<const std::byte>)>& visit) const {
+  uint64_t region_page = 0;
+  for (const Region& region : regions_) {
+    const uint64_t region_end = region_page + region.size_bytes / kPageSize;
+    for (uint64_t page = region_page;;) {
+      const auto [first, run_end] = pages.next_run(page, region_end);
+      if (first == region_end) break;
+      page = std::min(run_end, first + most_bytes / kPageSize);
+      TRY(visit(first * kPageSize, {region.host + (first - region_page) * kPageSize, (page - first) * kPageSize}));
+    }
+    region_page = region_end;
+  }
+  return {};
 }
 
 size_t GuestMemory::find_region(GuestAddress start, uint64_t size_bytes) const {
@@ -179,11 +363,36 @@ void GuestMemory::enable_dirty_tracking(bool enabled) {
   dirty_->enabled.store(enabled, std::memory_order_release);
 }
 
+// What is dropped from a private mapping of a file is the file's again, not zeroes: other memory takes its place, once.
+// That takes mappings, of which a guest must not use up the process's: past a number of them pages are only cleared.
+void GuestMemory::drop_restored(std::byte* host, uint64_t offset, uint64_t size_bytes) {
+  const std::lock_guard lock(restored_->mutex);
+  auto& replaced = restored_->replaced;
+  const auto first = replaced.begin() + static_cast<ptrdiff_t>(offset / kPageSize);
+  const auto last = first + static_cast<ptrdiff_t>(size_bytes / kPageSize);
+  if (std::find(first, last, false) == last) {
+    ::madvise(host, size_bytes, MADV_DONTNEED);
+    return;
+  }
+  const int flags = MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  if (restored_->ranges == kMostReplacedRanges ||
+      ::mmap(host, size_bytes, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED) {
+    std::memset(host, 0, size_bytes);
+    return;
+  }
+  ++restored_->ranges;
+  std::fill(first, last, true);
+  if (mergeable_) ::madvise(host, size_bytes, MADV_MERGEABLE);
+}
+
 bool GuestMemory::discard(GuestAddress start, uint64_t size_bytes) {
   std::byte* host = slice(start, size_bytes);
   if (!host || size_bytes == 0 || start.value % kPageSize != 0 || size_bytes % kPageSize != 0) return false;
-  // MADV_REMOVE punches a hole into the file behind a shared mapping.
-  if (::madvise(host, size_bytes, memfd_ ? MADV_REMOVE : MADV_DONTNEED) != 0) return false;
+  if (restored_) {
+    drop_restored(host, offset_of(start), size_bytes);
+  } else if (::madvise(host, size_bytes, memfd_ ? MADV_REMOVE : MADV_DONTNEED) != 0) {
+    return false;  // (MADV_REMOVE punches a hole into the file behind a shared mapping)
+  }
   mark_dirty(start, size_bytes);
   return true;
 }

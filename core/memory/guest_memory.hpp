@@ -7,10 +7,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "util/fd.hpp"
@@ -47,6 +50,30 @@ struct MemoryConfig {
   bool mergeable = true;  // MADV_MERGEABLE: open to the host's KSM
 };
 
+// A part of a snapshot's memory: guest memory is counted as one stretch, regions one behind the other.
+struct MemoryExtent {
+  int fd = -1;
+  uint64_t fd_offset = 0;
+  uint64_t memory_offset = 0;
+  uint64_t size_bytes = 0;
+};
+// From such a file; it may end too early.
+Result<void> read_snapshot_memory(int fd, uint64_t offset, std::span<std::byte> into);
+
+// Pages of the memory, counted in the same way: a bit each, page 0 is bit 0 of word 0.
+class PageSet {
+ public:
+  // `first_page` is a multiple of 64.
+  void add(uint64_t first_page, std::span<const uint64_t> words);
+  void clear() { words_.clear(); }
+  uint64_t count() const;
+  // The first page from there on that is in it, and the first behind that which is not, but none from `end` on.
+  std::pair<uint64_t, uint64_t> next_run(uint64_t page, uint64_t end) const;
+
+ private:
+  std::vector<uint64_t> words_;
+};
+
 class GuestMemory {
  public:
   struct Region {
@@ -58,6 +85,12 @@ class GuestMemory {
   // Reserves address space only (MAP_NORESERVE); pages come on first touch, zeroed. The size is a multiple of a page,
   // of 2 MiB with reserved huge pages (which are taken from the host's pool now, so that no access fails later).
   static Result<GuestMemory> create(const MemoryConfig& config);
+
+  // Memory whose contents are those of a snapshot, copied page by page as they are written (MAP_PRIVATE): extents that
+  // ascend and do not overlap, whole pages; what none covers is zeroes. Of very many the largest are mapped, the others
+  // read. The descriptors may be closed afterwards, the files must not change. Memory of its own even where the
+  // configuration says memfd.
+  static Result<GuestMemory> restore(MemoryConfig config, std::span<const MemoryExtent> extents);
 
   // In ascending order; one region up to 3 GiB, two above that.
   std::span<const Region> regions() const { return regions_; }
@@ -91,6 +124,20 @@ class GuestMemory {
   requires std::is_trivially_copyable_v<T>
   [[nodiscard]] bool store(GuestAddress start, const T& value) { return write(start, &value, sizeof value); }
 
+  // Memory that others could share (a memfd) becomes this process's own: what is written from now on is written to a
+  // copy, and a child process sees it as it is now. The vCPUs stand still. [control]
+  Result<void> make_private();
+  // Calls visit(offset, bytes) in ascending order for all that may hold anything but zeroes, in pieces of at most
+  // `most_bytes`; the offset counts regions one behind the other. Ends with the first error. [any]
+  Result<void> visit_contents(uint64_t most_bytes,
+                              const std::function<Result<void>(uint64_t, std::span<const std::byte>)>& visit) const;
+  // Whether a child process is to get this memory too, as is so at first: fork(2) copies a table of all its pages, and
+  // whoever writes to one afterwards copies the page. [control]
+  void share_with_children(bool wanted) const;
+  // The same as visit_contents() for these pages, whatever they hold.
+  Result<void> visit_pages(const PageSet& pages, uint64_t most_bytes,
+                           const std::function<Result<void>(uint64_t, std::span<const std::byte>)>& visit) const;
+
   // Gives whole pages back to the host; they read as zeroes afterwards, and are marked dirty. False, and nothing done,
   // unless the range is whole pages of one region. [any]
   [[nodiscard]] bool discard(GuestAddress start, uint64_t size_bytes);
@@ -110,6 +157,10 @@ class GuestMemory {
     std::vector<std::unique_ptr<std::atomic<uint64_t>[]>> words;  // one array for each region
   };
 
+  void become_restored();
+  void drop_restored(std::byte* host, uint64_t offset, uint64_t size_bytes);
+  // Of memory as one stretch, regions one behind the other.
+  uint64_t offset_of(GuestAddress start) const;
   static constexpr size_t kNoRegion = ~size_t{0};
   // The index of the region that [start, start + size) lies in.
   size_t find_region(GuestAddress start, uint64_t size_bytes) const;
@@ -118,6 +169,15 @@ class GuestMemory {
   std::vector<Mapping> mappings_;
   uint64_t size_bytes_ = 0;
   Fd memfd_;
+  // A page that was not written is the snapshot's, unless other memory has replaced it.
+  struct Restored {
+    std::mutex mutex;
+    std::vector<bool> replaced;  // by page, regions one behind the other
+    uint32_t ranges = 0;         // that were
+  };
+  std::unique_ptr<Restored> restored_;
+  bool mergeable_ = false;
+  bool reserved_pages_ = false;
   std::unique_ptr<DirtyBitmap> dirty_;
 };
 

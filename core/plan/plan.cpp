@@ -50,7 +50,7 @@ Result<CheckedPlan> check_plan(const Plan& plan, PluginLibrary& library) {
       const bool unwanted = std::erase(unused, provided.name) > 0;
       const bool planned = std::any_of(full.devices.begin(), full.devices.end(),
                                        [&](const PlannedDevice& device) { return device.type == provided.name; });
-      if (!unwanted && !planned) full.devices.push_back({provided.name, {}, {}, {}});
+      if (!unwanted && !planned && !plan.complete) full.devices.push_back({provided.name, {}, {}, {}});
     }
   for (const std::string& name : unused) mistake("--without " + name + ": no plugin offers such a default device");
 

@@ -42,6 +42,7 @@ struct Plan {
   PlannedDevice balloon_policy;  // type: empty for the default one, "none" for none
   std::vector<PlannedDevice> devices;
   std::vector<std::string> without;  // default devices that are not wanted
+  bool complete = false;             // no default devices are added
   OnReboot on_reboot = OnReboot::again;
   uint64_t grace_ms = 10'000;
   std::string name;     // empty: its id serves

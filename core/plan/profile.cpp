@@ -15,9 +15,8 @@ namespace {
 
 class ProfileReader {
  public:
-  ProfileReader(std::string path, const std::vector<Setting>& settings) : path_(std::move(path)), settings_(settings) {
-    base_folder_ = std::filesystem::absolute(path_).parent_path().string();
-  }
+  ProfileReader(std::string path, std::string base_folder, const std::vector<Setting>& settings)
+      : path_(std::move(path)), settings_(settings), base_folder_(std::move(base_folder)) {}
 
   void read(const YAML::Node& root) {
     if (!root.IsMap()) return mistake(root.Mark(), "a profile is a list of `key: value` lines");
@@ -114,15 +113,20 @@ KeyValues given_options(const PlannedDevice& planned, const OptionValues& checke
 
 Result<std::vector<GivenSetting>> read_profile(const std::string& path, const std::vector<Setting>& settings) {
   const Mapping file = TRY(map_file(path).context("profile"));
+  return parse_profile({reinterpret_cast<const char*>(file.data()), file.size_bytes()}, path,
+                       std::filesystem::absolute(path).parent_path().string(), settings);
+}
+
+Result<std::vector<GivenSetting>> parse_profile(const std::string& text, const std::string& name,
+                                                const std::string& folder, const std::vector<Setting>& settings) {
   constexpr size_t largest_bytes = 1 << 20;
-  if (file.size_bytes() > largest_bytes) return Error{"profile: " + path + ": larger than 1 MiB"};
-  ProfileReader reader(path, settings);
+  if (text.size() > largest_bytes) return Error{"profile: " + name + ": larger than 1 MiB"};
+  ProfileReader reader(name, folder, settings);
   try {
-    const std::string text(reinterpret_cast<const char*>(file.data()), file.size_bytes());
     const YAML::Node root = YAML::Load(text);
     if (!root.IsNull()) reader.read(root);
   } catch (const YAML::Exception& exception) {
-    return Error{path + ":" + std::to_string(exception.mark.line + 1) + ":" +
+    return Error{name + ":" + std::to_string(exception.mark.line + 1) + ":" +
                  std::to_string(exception.mark.column + 1) + ": " + exception.msg};
   }
   if (!reader.mistakes.empty()) return Error{reader.mistakes};

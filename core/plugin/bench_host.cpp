@@ -288,7 +288,8 @@ struct BenchServices {
           bench.power_button_ = pressed;
           bench.power_button_context_ = context;
           return CLONE_OK;
-        }};
+        },
+        [](const clone_host* host) { return of(host).machine_name.c_str(); }};
     return &table;
   }
 

@@ -320,6 +320,7 @@ class BenchHost {
     return machine_requests_;
   }
   uint32_t vcpu_count = 1;
+  std::string machine_name;
   struct Answer {
     std::string text;  // JSON, or "error: …"; "" while it has not been answered
     clone_sdk::Fd fd;

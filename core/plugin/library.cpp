@@ -156,4 +156,25 @@ Result<PolicyType> PluginLibrary::balloon_policy(std::string_view name) {
                "', its factory has none"};
 }
 
+Result<BackendType> PluginLibrary::snapshot_backend(std::string_view name) {
+  const PluginFile& file = *TRY(catalogue_->find("snapshot-backend", name));
+  const auto* factory = TRY(this->factory<clone_snapshot_backend_factory>(file, CLONE_SNAPSHOT_BACKEND_FACTORY));
+  for (uint32_t i = 0; i < factory->count; ++i) {
+    BackendType type{&file, {}, copy_table(factory->type(i))};
+    const clone_snapshot_backend_type& table = type.table;
+    if (!table.descriptor) continue;
+    type.descriptor = copy_table(table.descriptor);
+    if (!type.descriptor.name || type.descriptor.name != name) continue;
+    TRY(check_descriptor(type.descriptor, name).context(plugin_name(file)));
+    if (!table.create || !table.destroy || !table.begin || !table.write_memory || !table.write_section ||
+        !table.commit || !table.open || !table.memory_extent || !table.read_section || !table.list_sections ||
+        !table.verify || !table.close || !table.list || !table.remove)
+      return Error{plugin_name(file) + ": snapshot backend '" + std::string(name) + "' lacks a function", 0,
+                   CLONE_ERR_INTERNAL};
+    return type;
+  }
+  return Error{plugin_name(file) + ": its manifest promises snapshot backend '" + std::string(name) +
+               "', its factory has none"};
+}
+
 }  // namespace vmm

@@ -10,6 +10,7 @@
 #include "clone/abi/balloon_policy.h"
 #include "clone/abi/device.h"
 #include "clone/abi/plugin.h"
+#include "clone/abi/snapshot_backend.h"
 #include "clone/abi/transport.h"
 #include "plugin/catalogue.hpp"
 #include "util/result.hpp"
@@ -40,6 +41,12 @@ struct PolicyType {
   clone_balloon_policy_type table{};
 };
 
+struct BackendType {
+  const PluginFile* file = nullptr;
+  clone_descriptor descriptor{};
+  clone_snapshot_backend_type table{};
+};
+
 class PluginLibrary {
  public:
   explicit PluginLibrary(const Catalogue& catalogue) : catalogue_(&catalogue) {}
@@ -48,6 +55,7 @@ class PluginLibrary {
   Result<DeviceType> device(std::string_view name);
   Result<TransportType> transport(std::string_view name);
   Result<PolicyType> balloon_policy(std::string_view name);
+  Result<BackendType> snapshot_backend(std::string_view name);
 
   // Loads the file (RTLD_NOW, RTLD_LOCAL), asks for its entry and runs its init.
   Result<const clone_plugin*> load(const PluginFile& file);

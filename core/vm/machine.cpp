@@ -3,16 +3,19 @@
 #include "vm/machine.hpp"
 
 #include <algorithm>
+#include <set>
 #include <thread>
 
 #include "boot/entry.hpp"
 #include "boot/modules.hpp"
 #include "clone/abi/boot_arguments.h"
+#include "clone/abi/vhost.h"
 #include "clone/abi/virtio.h"
 #include "clone/sdk/error.hpp"
 #include "loop/thread.hpp"
 #include "plugin/catalogue.hpp"
 #include "plugin/crash_report.hpp"
+#include "snapshot/kvm_state.hpp"
 #include "util/log.hpp"
 
 namespace vmm {
@@ -54,9 +57,9 @@ Result<void> call_plugin(const Instance& instance, const char* phase, Call&& cal
 }  // namespace
 
 Result<std::unique_ptr<Machine>> Machine::create(const CheckedPlan& plan, const Surroundings& around, Timing& timing,
-                                                 Ended ended) {
-  std::unique_ptr<Machine> machine(new Machine(plan, around, std::move(ended)));
-  TRY(machine->build(timing));
+                                                 Ended ended, const SavedMachine* saved) {
+  std::unique_ptr<Machine> machine(new Machine(plan, around, std::move(ended), saved));
+  TRY(saved ? machine->restore(timing) : machine->boot(timing));
   return machine;
 }
 
@@ -67,7 +70,7 @@ Machine::~Machine() {
   destroy_instances();
 }
 
-Result<void> Machine::build(Timing& timing) {
+Result<void> Machine::boot(Timing& timing) {
   const Plan& plan = plan_.plan;
   // Opened first: its pages are read ahead while the rest is made.
   const KernelFile kernel = TRY(KernelFile::open(plan.kernel, plan.protocol).context("--kernel"));
@@ -77,8 +80,18 @@ Result<void> Machine::build(Timing& timing) {
   // Copying the kernel and the kernel's own work for KVM's memory slots take milliseconds each: side by side.
   Result<void> loaded;
   Thread loader = TRY(spawn_thread("clone-load", [&] { loaded = load_kernel(kernel); }));
+  TRY(make_kvm(timing));
+  TRY(make_devices());
+  timing.mark("devices");
+  loader.join();
+  TRY(std::move(loaded));
+  timing.mark("kernel load (rest)");
+  return prepare_boot(kernel.image(), timing);
+}
+
+Result<void> Machine::make_kvm(Timing& timing) {
   kvm_ = TRY(Kvm::open());
-  TRY(kvm_->check_vcpu_count(plan.vcpus));
+  TRY(kvm_->check_vcpu_count(plan_.plan.vcpus));
   vm_ = TRY(KvmVm::create(*kvm_));
   timing.mark("kvm");
   TRY(vm_->create_irqchip());
@@ -87,12 +100,94 @@ Result<void> Machine::build(Timing& timing) {
   for (uint32_t slot = 0; slot < memory_->regions().size(); ++slot)
     TRY(vm_->set_memory_slot(slot, memory_->regions()[slot]));
   timing.mark("memory slots");
+  return {};
+}
+
+Result<void> Machine::restore(Timing& timing) {
+  memory_ = TRY(GuestMemory::restore(plan_.plan.memory, saved_->memory));
+  timing.mark("memory");
+  TRY(make_kvm(timing));
   TRY(make_devices());
   timing.mark("devices");
-  loader.join();
-  TRY(std::move(loaded));
-  timing.mark("kernel load (rest)");
-  return prepare_boot(kernel.image(), timing);
+  auto vcpus = TRY(create_saved_vcpus(*kvm_, *vm_, plan_.plan.vcpus, saved_->sections));
+  timing.mark("vcpus");
+  std::set<std::string, std::less<>> owners = {kCoreSections, kKvmSections, kPolicySections};
+  for (const Instance& instance : instances_) {
+    const SectionReader reader(saved_->sections, instance.host.name());
+    TRY(call_plugin(instance, "while its state was loaded",
+                    [&](clone_err* err) { return instance.ops.load(instance.device, &reader.raw(), err); }));
+    TRY(reader.check_all_read());
+    owners.insert(instance.host.name());
+  }
+  for (const auto& [key, section] : saved_->sections.all())
+    if (!owners.contains(key.first))
+      return Error{"section " + key.first + "/" + key.second + ": this machine has no " + key.first, 0,
+                   CLONE_ERR_CORRUPT};
+  timing.mark("device state");
+  make_vcpus(std::move(vcpus));
+  TRY(load_kvm(*vm_, vcpu_pointers(), saved_->sections));
+  timing.mark("kvm state");
+  return {};
+}
+
+void Machine::make_vcpus(std::vector<KvmVcpu> vcpus) {
+  vcpus_ = std::make_unique<Vcpus>(std::move(vcpus), pio_, mmio_, [this](const VcpuStop& stop) {
+    const bool guests_doing = stop.reason == StopReason::reset || stop.reason == StopReason::crash;
+    end(stop.reason == StopReason::shutdown ? Ending::power_off
+        : guests_doing                      ? Ending::crashed
+                                            : Ending::kvm_failed,
+        stop.message);
+  });
+}
+
+std::vector<KvmVcpu*> Machine::vcpu_pointers() {
+  std::vector<KvmVcpu*> vcpus;
+  for (size_t i = 0; i < vcpus_->count(); ++i) vcpus.push_back(&vcpus_->vcpu(i));
+  return vcpus;
+}
+
+Result<void> Machine::save(Sections& sections) {
+  for (const Instance& instance : instances_) {
+    const SectionWriter writer(sections, instance.host.name());
+    TRY(call_plugin(instance, "while its state was saved",
+                    [&](clone_err* err) { return instance.ops.save(instance.device, &writer.raw(), err); }));
+  }
+  if (reclaim_) {
+    const SectionWriter writer(sections, kPolicySections);
+    TRY(reclaim_->save(writer.raw()));
+  }
+  return save_kvm(*kvm_, *vm_, vcpu_pointers(), sections);
+}
+
+Result<void> Machine::track_dirty_pages() {
+  for (const Instance& instance : instances_)
+    if (const auto vhost = extension_of<clone_vhost>(instance, CLONE_VHOST))
+      TRY(call_plugin(instance, "while its log of pages was begun",
+                      [&](clone_err* err) { return vhost->start_log(instance.device, err); }));
+  memory_->enable_dirty_tracking(true);
+  for (uint32_t slot = 0; slot < memory_->regions().size(); ++slot)
+    TRY(vm_->set_memory_slot(slot, memory_->regions()[slot], KVM_MEM_LOG_DIRTY_PAGES));
+  return {};
+}
+
+Result<void> Machine::take_dirty_pages(PageSet& pages) {
+  const auto mark = [](void* memory, uint64_t address, uint64_t size_bytes) noexcept {
+    static_cast<GuestMemory*>(memory)->mark_dirty({address}, size_bytes);
+  };
+  for (const Instance& instance : instances_)
+    if (const auto vhost = extension_of<clone_vhost>(instance, CLONE_VHOST))
+      TRY(call_plugin(instance, "while its log of pages was taken",
+                      [&](clone_err* err) { return vhost->take_log(instance.device, mark, &*memory_, err); }));
+  uint64_t first_page = 0;
+  for (uint32_t slot = 0; slot < memory_->regions().size(); ++slot) {
+    const uint64_t page_count = memory_->regions()[slot].size_bytes / kPageSize;
+    const auto log = TRY(vm_->dirty_log(slot, page_count));
+    pages.add(first_page, log);
+    if (vm_->dirty_log_is_manual()) TRY(vm_->clear_dirty_log(slot, 0, static_cast<uint32_t>(page_count), log));
+    pages.add(first_page, memory_->take_dirty(slot));
+    first_page += page_count;
+  }
+  return {};
 }
 
 Result<void> Machine::load_kernel(const KernelFile& kernel) {
@@ -159,13 +254,7 @@ Result<void> Machine::prepare_boot(const KernelImage& image, Timing& timing) {
 
   auto vcpus = TRY(create_vcpus(*kvm_, *vm_, {plan_.plan.vcpus}));
   TRY(vcpus.front().apply_entry(entry));
-  vcpus_ = std::make_unique<Vcpus>(std::move(vcpus), pio_, mmio_, [this](const VcpuStop& stop) {
-    const bool guests_doing = stop.reason == StopReason::reset || stop.reason == StopReason::crash;
-    end(stop.reason == StopReason::shutdown ? Ending::power_off
-        : guests_doing                      ? Ending::crashed
-                                            : Ending::kvm_failed,
-        stop.message);
-  });
+  make_vcpus(std::move(vcpus));
   timing.mark("vcpus");
   return {};
 }
@@ -286,6 +375,11 @@ Result<void> Machine::start(Timing& timing) {
     const auto found = published_.find(id);
     return found == published_.end() ? nullptr : found->second.table;
   }));
+  if (const auto* saved = std::exchange(saved_, nullptr); saved && reclaim_)
+    if (saved->sections.has(kPolicySections)) {
+      const SectionReader reader(saved->sections, kPolicySections);
+      TRY(reclaim_->load(reader.raw()));
+    }
   for (const Instance& instance : instances_)
     if (instance.ops.start)
       TRY(call_plugin(instance, "while it was started",
@@ -334,9 +428,9 @@ Result<void> Machine::pause() {
   if (!vcpus_->pause_all()) return Error{"the machine is coming to its end", 0, CLONE_ERR_STATE};
   if (reclaim_) reclaim_->pause();
   for (Instance& instance : instances_) {
+    instance.quiesced = true;  // one that fails halfway is resumed like the others
     auto quiesced = call_plugin(instance, "while it was quiesced",
                                 [&](clone_err* err) { return instance.ops.quiesce(instance.device, err); });
-    instance.quiesced = quiesced.ok();
     if (quiesced.ok()) continue;
     TRY(resume());
     return std::move(quiesced).error();

@@ -29,6 +29,7 @@
 #include "memory/guest_memory.hpp"
 #include "plan/plan.hpp"
 #include "plugin/host_context.hpp"
+#include "snapshot/sections.hpp"
 #include "util/result.hpp"
 #include "vm/reclaim.hpp"
 #include "vm/timing.hpp"
@@ -36,6 +37,12 @@
 namespace vmm {
 
 enum class Ending { power_off, reset, crashed, kvm_failed, stopped };
+
+// What a machine starts from that does not boot. The files behind the extents do not change while it lives.
+struct SavedMachine {
+  Sections sections;
+  std::vector<MemoryExtent> memory;
+};
 
 // What one device or transport claimed; all of it is given back when the instance goes.
 struct Instance : HostContext {
@@ -63,10 +70,12 @@ class Machine {
     ConsoleHub& console;
     ControlServer* control = nullptr;
     const InstanceDirectory* directory = nullptr;  // with `control`
+    bool is_fork = false;                          // the first machine was restored
   };
 
+  // `saved`: NULL to boot; otherwise it lasts until start() returns, and is of a machine with this plan.
   static Result<std::unique_ptr<Machine>> create(const CheckedPlan& plan, const Surroundings& around, Timing& timing,
-                                                 Ended ended);
+                                                 Ended ended, const SavedMachine* saved = nullptr);
   Machine(const Machine&) = delete;
   Machine& operator=(const Machine&) = delete;
   // Stops the vCPUs and destroys transport and devices.
@@ -83,6 +92,13 @@ class Machine {
   Result<void> pause();
   Result<void> resume();
 
+  // All but the memory of a paused machine. A device that cannot be saved is an error by its name.
+  Result<void> save(Sections& sections);
+  // Of a paused machine: from now on it is known which pages are written, by the guest or by the host's side.
+  Result<void> track_dirty_pages();
+  // Adds those that were written since the last call, or since tracking began. The machine is paused.
+  Result<void> take_dirty_pages(PageSet& pages);
+
   // What devices publish of the guest. False when none does.
   bool read_balloon(clone_balloon_state& state) const;
   bool read_guest(clone_guest_report& report) const;
@@ -98,6 +114,7 @@ class Machine {
   GsiPool& gsi_pool() { return gsi_pool_; }
   WindowPool& window_pool() { return window_pool_; }
   const Plan& plan() const { return plan_.plan; }
+  bool is_fork() const { return around_.is_fork; }
 
   struct AcpiParts {
     std::vector<AcpiNode> nodes;
@@ -126,10 +143,14 @@ class Machine {
   std::map<std::string, Published, std::less<>>& published() { return published_; }
 
  private:
-  Machine(const CheckedPlan& plan, const Surroundings& around, Ended ended)
-      : plan_(plan), around_(around), ended_(std::move(ended)) {}
+  Machine(const CheckedPlan& plan, const Surroundings& around, Ended ended, const SavedMachine* saved)
+      : plan_(plan), around_(around), ended_(std::move(ended)), saved_(saved) {}
 
-  Result<void> build(Timing& timing);
+  Result<void> boot(Timing& timing);
+  Result<void> restore(Timing& timing);
+  Result<void> make_kvm(Timing& timing);
+  void make_vcpus(std::vector<KvmVcpu> vcpus);
+  std::vector<KvmVcpu*> vcpu_pointers();
   Result<void> make_devices();
   Result<void> make_instance(const std::string& name, const DeviceType& type, const OptionValues& options);
   Result<void> load_kernel(const KernelFile& kernel);
@@ -148,6 +169,7 @@ class Machine {
   const CheckedPlan& plan_;
   const Surroundings around_;
   Ended ended_;
+  const SavedMachine* saved_;  // until start() returns
   std::mutex end_mutex_;
   bool ended_already_ = false;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);  // for calls posted to the loop

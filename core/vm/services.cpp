@@ -229,6 +229,8 @@ constexpr clone_host_machine kMachine = {
     [](const clone_host* host) noexcept { return memory_of(host).size_bytes(); },
     request,
     on_power_button,
+    [](const clone_host* host) noexcept { return machine_of(host).plan().name.c_str(); },
+    [](const clone_host* host) noexcept { return machine_of(host).is_fork() ? CLONE_ORIGIN_SAVED : CLONE_ORIGIN_BOOT; },
 };
 
 // --- clone.host-acpi/1

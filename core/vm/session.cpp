@@ -22,6 +22,7 @@
 #include "util/log.hpp"
 #include "util/utf8.hpp"
 #include "vm/machine.hpp"
+#include "vm/snapshots.hpp"
 
 namespace vmm {
 namespace {
@@ -69,9 +70,9 @@ boost::json::value known(Number value) {
 // The machine, those who talk to it, and the reasons to end it. The parts stand in the order of their making.
 class Run {
  public:
-  Run(const CheckedPlan& plan, EventLoop& loop) : plan_(plan), loop_(loop) {}
+  Run(const CheckedPlan& plan, PluginLibrary& library, EventLoop& loop) : plan_(plan), library_(library), loop_(loop) {}
 
-  Result<Ending> run(Timing& timing, TimingReport report);
+  Result<Ending> run(Timing& timing, TimingReport report, const SavedMachine* saved);
 
  private:
   Result<void> offer_control();
@@ -85,6 +86,7 @@ class Run {
   const char* state() const { return ending_ ? "ended" : requests_ > 0 ? "stopping" : paused_ ? "paused" : "running"; }
 
   const CheckedPlan& plan_;
+  PluginLibrary& library_;
   EventLoop& loop_;
   Signals signals_;
   std::optional<InstanceDirectory> directory_;
@@ -92,6 +94,9 @@ class Run {
   ConsoleHub console_{loop_, {STDIN_FILENO, STDOUT_FILENO, [this] { end(Ending::stopped, ""); }}};
   // Made after the console, and so gone before it: its devices write there to the last.
   std::unique_ptr<Machine> machine_;
+  Snapshots snapshots_{plan_, library_, loop_,
+                       {[this] { return paused_; }, [this] { return pause(); }, [this] { resume(); },
+                        [this] { end(Ending::stopped, ""); }}};
   std::optional<Ending> ending_;
   unsigned requests_ = 0;  // to stop
   EventLoop::TimerId grace_timer_ = 0;
@@ -180,6 +185,7 @@ Result<void> Run::add_methods() {
     for (const std::string& line : log_history()) lines.emplace_back(valid_utf8(line));
     reply.succeed(json::object{{"lines", std::move(lines)}});
   }));
+  TRY(snapshots_.offer(*control_));
   const Timing::Clock::time_point started = Timing::Clock::now();
   control_->add_metric("", {"uptime_seconds", "Since the VM was made.", CLONE_METRIC_GAUGE, "", [started] {
                               return std::chrono::duration<double>(Timing::Clock::now() - started).count();
@@ -257,7 +263,7 @@ void Run::ask_to_stop(std::chrono::milliseconds grace) {
   }
 }
 
-Result<Ending> Run::run(Timing& first_timing, TimingReport report) {
+Result<Ending> Run::run(Timing& first_timing, TimingReport report, const SavedMachine* saved) {
   TRY(offer_control());
   TRY(loop_.add_fd(signals_.fd(), CLONE_READABLE, [this](uint32_t) { on_signal(); }));
   for (bool first = true;; first = false) {
@@ -266,9 +272,11 @@ Result<Ending> Run::run(Timing& first_timing, TimingReport report) {
     ending_.reset();
     paused_ = false;
     const Machine::Surroundings around{loop_, console_, control_ ? &*control_ : nullptr,
-                                       directory_ ? &*directory_ : nullptr};
+                                       directory_ ? &*directory_ : nullptr, saved != nullptr};
     machine_ = TRY(
-        Machine::create(plan_, around, timing, [this](Ending how, const std::string& detail) { end(how, detail); }));
+        Machine::create(plan_, around, timing, [this](Ending how, const std::string& detail) { end(how, detail); },
+                        first ? saved : nullptr));
+    snapshots_.follow(machine_.get());
     if (first) TRY(console_.start());
     TRY(machine_->start(timing));
     if (report == TimingReport::print && first) {
@@ -279,6 +287,7 @@ Result<Ending> Run::run(Timing& first_timing, TimingReport report) {
     // Asked to power off, a guest that reboots instead does not get another run.
     const bool over = *ending_ != Ending::reset || plan_.plan.on_reboot == OnReboot::exit || requests_ > 0;
     if (control_) control_->notify(over ? "vm.ended" : "vm.reset", {});
+    snapshots_.follow(nullptr);
     machine_.reset();
     console_.flush();
     if (over) return *ending_;
@@ -302,7 +311,7 @@ Result<Ending> Session::run() {
   ::signal(SIGPIPE, SIG_IGN);
   ::signal(SIGXFSZ, SIG_IGN);  // a file size limit (ulimit -f) is an I/O error of one disk
   const auto loop = TRY(EventLoop::create());
-  return Run(plan_, *loop).run(timing_, report_);
+  return Run(plan_, library_, *loop).run(timing_, report_, saved_);
 }
 
 }  // namespace vmm

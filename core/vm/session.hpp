@@ -13,16 +13,20 @@ enum class TimingReport { none, print };
 
 class Session {
  public:
-  Session(const CheckedPlan& plan, Timing& timing, TimingReport report)
-      : plan_(plan), timing_(timing), report_(report) {}
+  // The library is that of the plan; snapshot backends are loaded from it. `saved`: NULL to boot.
+  Session(const CheckedPlan& plan, PluginLibrary& library, Timing& timing, TimingReport report,
+          const SavedMachine* saved = nullptr)
+      : plan_(plan), library_(library), timing_(timing), report_(report), saved_(saved) {}
 
   // An error: the machine could not start. Everything is put back when this returns.
   Result<Ending> run();
 
  private:
   const CheckedPlan& plan_;
+  PluginLibrary& library_;
   Timing& timing_;
   TimingReport report_;
+  const SavedMachine* saved_;
 };
 
 }  // namespace vmm

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // guest-agent: what the agent in the guest reports and does, for the host: clone.guest/1, commands, metrics.
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/timerfd.h>
 #include <unistd.h>
@@ -91,7 +92,10 @@ class GuestAgent final : public clone_sdk::Device {
   Result<void> reset_device() override;
   // What there is to know, the guest tells again.
   Result<void> save(const clone_sdk::Writer&) override { return {}; }
-  Result<void> load(const clone_sdk::Reader&) override { return {}; }
+  Result<void> load(const clone_sdk::Reader&) override {
+    identity_due_ = true;
+    return {};
+  }
 
  private:
   class Session;
@@ -124,6 +128,8 @@ class GuestAgent final : public clone_sdk::Device {
   uint64_t age_ms() const;
   void changed();
   void released(const Request& request);
+  Result<std::string> own_identity() const;
+  void took_identity(const std::string& failure);
   template <typename T, typename... Arguments>
   T* converse(Arguments&&... arguments);
 
@@ -151,6 +157,7 @@ class GuestAgent final : public clone_sdk::Device {
       }};
   uint64_t interval_ms_ = 0;
   uint64_t timeout_ms_ = 0;
+  const clone_host_machine* machine_ = nullptr;
   Conversation::Loop loop_;
   const clone_vsock* vsock_ = nullptr;
   Fd timer_;
@@ -166,6 +173,7 @@ class GuestAgent final : public clone_sdk::Device {
   uint64_t retry_ms_ = kFirstRetryMs;
   uint64_t session_since_ms_ = 0;
   uint32_t warnings_ = 0;
+  bool identity_due_ = false;  // the guest goes on from a saved state, and its agent has not taken that in
 
   // The last report; its session may be gone.
   bool connected_ = false;
@@ -176,20 +184,37 @@ class GuestAgent final : public clone_sdk::Device {
   std::vector<Listener> listeners_;
 };
 
-// The conversation that reports, as long as the agent is there.
+// The conversation that reports, as long as the agent is there. Before anything else, a machine that was loaded is told
+// who it is now; the clock is told to an agent that listens, so that it is not late.
 class GuestAgent::Session final : public Conversation {
  public:
   Session(GuestAgent& device, Fd fd)
-      : Conversation(device.loop_, std::move(fd), now_ms() + device.timeout_ms_), device_(device) {
-    send(hello() + protocol::make_frame(
-                       Type::watch, [&](Writer& writer) { writer.u32(static_cast<uint32_t>(device.interval_ms_)); }));
+      : Conversation(device.loop_, std::move(fd), now_ms() + device.timeout_ms_),
+        device_(device),
+        identity_asked_(device.identity_due_) {
+    send(identity_asked_ ? hello() : hello() + watch());
   }
   void drop() { finish(); }
 
  private:
-  void greeted(const protocol::Hello& hello) override { device_.version_ = hello.version; }
+  std::string watch() const {
+    return protocol::make_frame(Type::watch,
+                                [&](Writer& writer) { writer.u32(static_cast<uint32_t>(device_.interval_ms_)); });
+  }
+  void greeted(const protocol::Hello& hello) override {
+    device_.version_ = hello.version;
+    if (!identity_asked_) return;
+    Result<std::string> identity = device_.own_identity();
+    if (!identity.ok()) return end(identity.error());
+    send(*identity + watch());
+  }
   Result<void> received(const Frame& frame) override {
-    if (frame.type == Type::error) return Error{"watch: " + protocol::read_failure(frame).message};
+    const bool failed = frame.type == Type::error;
+    if ((failed || frame.type == Type::done) && std::exchange(identity_asked_, false)) {
+      device_.took_identity(failed ? protocol::read_failure(frame).message : "");
+      return {};
+    }
+    if (failed) return Error{"watch: " + protocol::read_failure(frame).message};
     if (frame.type != Type::report) return {};  // of a later version
     const auto report = protocol::read_report(frame);
     if (!report) return Error{"the agent sent a report that is too short"};
@@ -200,6 +225,7 @@ class GuestAgent::Session final : public Conversation {
   void ended(const Error& why) override { device_.lost(why); }
 
   GuestAgent& device_;
+  bool identity_asked_;  // its answer is the next
 };
 
 // A stream for the caller of `connect`: begun here, handed over when the agent has taken it.
@@ -290,6 +316,7 @@ class GuestAgent::Request final : public Conversation {
 Result<void> GuestAgent::configure(const Options& options) {
   interval_ms_ = options.number("interval");
   timeout_ms_ = options.number("timeout");
+  machine_ = CLONE_TRY(host().service<clone_host_machine>(CLONE_HOST_MACHINE));
   loop_.table = CLONE_TRY(host().service<clone_host_loop>(CLONE_HOST_LOOP));
   loop_.loop = loop_.table->main_loop(host().raw());
   timer_ = Fd(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK));
@@ -454,6 +481,9 @@ void GuestAgent::released(const Request& request) {
 }
 
 void GuestAgent::connect_stream(Waiting waiting) {
+  // A program that began before would draw the random numbers that each other copy of the machine draws.
+  if (identity_due_ && vsock_ && running_)
+    return wait_or_fail(std::move(waiting), {last_error_.empty() ? "the agent has not answered yet" : last_error_});
   Result<Fd> fd = connect();
   if (fd.ok()) return converse<Stream>(std::move(*fd), std::move(waiting))->go_on();
   // The guest has no driver yet, or as many streams begin as can.
@@ -618,6 +648,12 @@ Result<std::string> from_hex(std::string_view hex) {
   return bytes;
 }
 
+uint64_t host_clock_ns() {
+  timespec now;
+  ::clock_gettime(CLOCK_REALTIME, &now);
+  return static_cast<uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(now.tv_nsec);
+}
+
 Result<std::string> identity_frame(const Parameters& parameters) {
   CLONE_TRY(only(parameters, {"hostname", "address", "gateway", "cid", "entropy", "clock"}));
   const auto hostname = CLONE_TRY(parameter<std::string>(parameters, "hostname", "a name"));
@@ -631,9 +667,7 @@ Result<std::string> identity_frame(const Parameters& parameters) {
     if (const auto* number = std::get_if<uint64_t>(&clock_parameter->second)) {
       clock_ns = *number;
     } else if (const auto* host = std::get_if<bool>(&clock_parameter->second); host && *host) {
-      timespec now;
-      ::clock_gettime(CLOCK_REALTIME, &now);
-      clock_ns = static_cast<uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(now.tv_nsec);
+      clock_ns = host_clock_ns();
     } else {
       return Error{"clock: allowed is a number of nanoseconds since 1970, or true for the host's clock"};
     }
@@ -658,6 +692,28 @@ Result<std::string> identity_frame(const Parameters& parameters) {
   });
   if (frame.empty()) return Error{"identity: the parameters are too long"};
   return frame;
+}
+
+// What a machine that goes on from a saved state needs to be one of its own.
+Result<std::string> GuestAgent::own_identity() const {
+  char entropy[32];
+  if (::getrandom(entropy, sizeof entropy, 0) != ssize_t{sizeof entropy}) return clone_sdk::errno_error("getrandom");
+  const std::string_view name = machine_->size > offsetof(clone_host_machine, name) ? machine_->name(host().raw()) : "";
+  return protocol::make_frame(Type::identity, [&](Writer& writer) {
+    writer.u32((name.empty() ? 0u : protocol::kIdentityHostname) | protocol::kIdentityEntropy |
+               protocol::kIdentityClock);
+    if (!name.empty()) protocol::put_text(writer, name);
+    protocol::put_text(writer, {entropy, sizeof entropy});
+    writer.u64(host_clock_ns());
+  });
+}
+
+// An agent that cannot do all of it has done what it could: it is not asked again.
+void GuestAgent::took_identity(const std::string& failure) {
+  identity_due_ = false;
+  for (Waiting& waiting : waiting_) waiting.next_ms = 0;
+  wake_in(0);
+  if (!failure.empty()) host().log(CLONE_LOG_WARNING, "the guest keeps a part of the identity it had: " + failure);
 }
 
 void GuestAgent::identity(const Parameters& parameters, Caller caller) {

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The virtio block device (virtio 1.2 §5.2): its options, its configuration space, its life.
 #include <linux/virtio_blk.h>
+#include <sys/stat.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <charconv>
 #include <mutex>
@@ -14,6 +16,7 @@
 #include "file_system_probe.hpp"
 #include "overlay.hpp"
 #include "queue_worker.hpp"
+#include "system_error.hpp"
 
 namespace virtio_blk {
 namespace {
@@ -88,6 +91,16 @@ struct SavedDisk {
   uint32_t queue_size;
   char serial[VIRTIO_BLK_ID_BYTES];
 };
+
+// Image and overlay as they were when the snapshot was taken: the guest's memory fits no others.
+struct SavedFile {
+  uint64_t size_bytes;
+  int64_t modified_ns;
+  bool operator==(const SavedFile&) const = default;
+};
+using SavedFiles = std::array<SavedFile, 2>;
+constexpr const char* kFilesTag = "files";
+
 constexpr const char* kSavedTag = "virtio-blk";
 constexpr uint32_t kSavedVersion = 1;
 
@@ -126,7 +139,7 @@ class VirtioBlk final : public clone_sdk::VirtioDeviceOf<VIRTIO_ID_BLOCK> {
   Result<void> start() override { return resume(); }
   Result<void> quiesce() override;
   Result<void> resume() override;
-  Result<void> save(const clone_sdk::Writer& writer) override { return writer.put(kSavedTag, kSavedVersion, saved()); }
+  Result<void> save(const clone_sdk::Writer& writer) override;
   Result<void> load(const clone_sdk::Reader& reader) override;
   const void* extension(std::string_view id) override;
 
@@ -150,6 +163,9 @@ class VirtioBlk final : public clone_sdk::VirtioDeviceOf<VIRTIO_ID_BLOCK> {
   void fill_config();
   Result<std::unique_ptr<IoEngine>> create_engine(const clone_sdk::Queue& queue);
   SavedDisk saved() const;
+  Result<SavedFiles> saved_files() const;
+  bool is_fork() const;
+  void write_elsewhere(ImageConfig& config);
   clone_status describe_root(clone_boot_root_info* info) const;
 
   Disk disk_;
@@ -159,6 +175,7 @@ class VirtioBlk final : public clone_sdk::VirtioDeviceOf<VIRTIO_ID_BLOCK> {
   uint32_t queue_count_ = 1;
   uint32_t queue_size_ = 256;
   std::string path_;
+  std::string overlay_path_;  // as it was given, if it was
   std::mutex config_mutex_;  // guards the capacity in config_
   virtio_blk_config config_{};
   std::string root_source_;
@@ -193,6 +210,7 @@ Result<void> VirtioBlk::configure(const Options& options) {
   root_ = options.flag("root");
   overlay_ = CLONE_TRY(choose_overlay(options.text("overlay").value_or("off"), root_, config.read_only));
   if (overlay_.kind == OverlayKind::guest_memory) config.read_only = true;
+  if (overlay_.kind == OverlayKind::file) overlay_path_ = overlay_.path;
   CLONE_TRY(set_serial(options));
   CLONE_TRY(set_aio(static_cast<Aio>(options.number("aio"))));
   CLONE_TRY(set_limits(options));
@@ -200,6 +218,7 @@ Result<void> VirtioBlk::configure(const Options& options) {
   uint32_t vcpu_count = 1;
   if (auto machine = host().service<clone_host_machine>(CLONE_HOST_MACHINE); machine.ok())
     vcpu_count = std::max(1u, (*machine)->vcpu_count(host().raw()));
+  if (is_fork()) write_elsewhere(config);
   queue_count_ = static_cast<uint32_t>(options.number("queues", std::min(vcpu_count, kMostQueues)));
 
   disk_.image = CLONE_TRY(overlay_.in_file() ? open_overlay(overlay_, config, host()) : open_image(config, host()));
@@ -212,6 +231,35 @@ Result<void> VirtioBlk::configure(const Options& options) {
     root_file_system_ = probe_file_system(*disk_.image);
   }
   return offer_resize();
+}
+
+bool VirtioBlk::is_fork() const {
+  const auto machine = host().service<clone_host_machine>(CLONE_HOST_MACHINE);
+  return machine.ok() && (*machine)->origin && (*machine)->origin(host().raw()) == CLONE_ORIGIN_SAVED;
+}
+
+// Of an image that was written to, every fork has a layer of its own, and none writes to what the others read.
+void VirtioBlk::write_elsewhere(ImageConfig& config) {
+  if (config.read_only || overlay_.kind == OverlayKind::temporary) return;
+  if (overlay_.kind == OverlayKind::file) {
+    config.path = overlay_path_;
+    config.format = Format::qcow2;
+    config.backing = Backing::allowed;  // the one that it was made over: the user named it
+  }
+  overlay_ = {OverlayKind::temporary, {}};
+}
+
+// Block devices tell no time of change.
+Result<SavedFiles> VirtioBlk::saved_files() const {
+  SavedFiles files{};
+  for (auto& [path, file] : {std::pair(&path_, &files[0]), {&overlay_path_, &files[1]}}) {
+    struct stat status {};
+    if (path->empty()) continue;
+    if (::stat(path->c_str(), &status) != 0) return system_error().context(*path);
+    if (S_ISREG(status.st_mode))
+      *file = {static_cast<uint64_t>(status.st_size), status.st_mtim.tv_sec * 1'000'000'000 + status.st_mtim.tv_nsec};
+  }
+  return files;
 }
 
 Result<void> VirtioBlk::set_serial(const Options& options) {
@@ -386,6 +434,16 @@ SavedDisk VirtioBlk::saved() const {
   return disk;
 }
 
+Result<void> VirtioBlk::save(const clone_sdk::Writer& writer) {
+  if (overlay_.kind == OverlayKind::temporary)
+    return Error{"path=" + path_ + ": what the guest wrote lies in a file that goes with this machine; a machine with overlay=tmpfs " +
+                     "or overlay=FILE can be kept",
+                 0, CLONE_ERR_STATE};
+  CLONE_TRY(writer.put(kSavedTag, kSavedVersion, saved()));
+  const auto files = CLONE_TRY(saved_files());
+  return writer.put_bytes(kFilesTag, kSavedVersion, std::as_bytes(std::span(files)));
+}
+
 Result<void> VirtioBlk::load(const clone_sdk::Reader& reader) {
   const auto before = CLONE_TRY(reader.get<SavedDisk>(kSavedTag, kSavedVersion));
   const SavedDisk now = saved();
@@ -399,6 +457,13 @@ Result<void> VirtioBlk::load(const clone_sdk::Reader& reader) {
   CLONE_TRY(same("discard", now.discards, before.discards));
   CLONE_TRY(same("queues", now.queue_count, before.queue_count));
   CLONE_TRY(same("queue-size", now.queue_size, before.queue_size));
+  const auto then = CLONE_TRY(reader.get<SavedFiles>(kFilesTag, kSavedVersion));
+  const auto files = CLONE_TRY(saved_files());
+  for (size_t i = 0; i < files.size(); ++i)
+    if (files[i] != then[i])
+      return Error{"path=" + (i == 0 ? path_ : overlay_path_) +
+                       ": is not as it was when the snapshot was taken; the guest would mix old and new",
+                   0, CLONE_ERR_STATE};
   if (!std::equal(std::begin(now.serial), std::end(now.serial), std::begin(before.serial)))
     return Error{"serial differs from that of the saved disk"};
   return {};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The least that any VMM for a PC does: the KVM objects, one memory slot, one vCPU, and its first exit, which it tells
-// by the byte '@'.
+// floor [MIB]: the least that any VMM for a PC does: the KVM objects, one memory slot (two for more than 3 GiB), one
+// vCPU, and its first exit, which it tells by the byte '@'.
 #include <fcntl.h>
 #include <linux/kvm.h>
 #include <stdlib.h>
@@ -14,8 +14,8 @@ static long checked(long result) {
   return result;
 }
 
-int main(void) {
-  const size_t memory_bytes = 256ul << 20;
+int main(int count, char** arguments) {
+  const size_t memory_bytes = (count > 1 ? strtoul(arguments[1], NULL, 10) : 256) << 20;
   const int kvm = (int)checked(open("/dev/kvm", O_RDWR | O_CLOEXEC));
   const int vm = (int)checked(ioctl(kvm, KVM_CREATE_VM, 0));
   checked(ioctl(vm, KVM_SET_TSS_ADDR, 0xfffbd000));
@@ -29,8 +29,16 @@ int main(void) {
   static const unsigned char kCode[] = {0xba, 0xf8, 0x03, 0xb0,
                                         '@',  0xee, 0xf4};  // mov dx, 0x3f8; mov al, '@'; out; hlt
   memcpy(memory + 0x1000, kCode, sizeof kCode);
-  struct kvm_userspace_memory_region slot = {.memory_size = memory_bytes, .userspace_addr = (unsigned long)memory};
+  const size_t hole = 3ul << 30, low_bytes = memory_bytes < hole ? memory_bytes : hole;
+  struct kvm_userspace_memory_region slot = {.memory_size = low_bytes, .userspace_addr = (unsigned long)memory};
   checked(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &slot));
+  if (low_bytes < memory_bytes) {
+    slot = (struct kvm_userspace_memory_region){.slot = 1,
+                                                .guest_phys_addr = 4ul << 30,
+                                                .memory_size = memory_bytes - low_bytes,
+                                                .userspace_addr = (unsigned long)memory + low_bytes};
+    checked(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &slot));
+  }
 
   const int vcpu = (int)checked(ioctl(vm, KVM_CREATE_VCPU, 0));
   const size_t run_bytes = (size_t)checked(ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0));

@@ -8,8 +8,13 @@
 //   get MIB         asks for as much; prints MiB/s
 //   exec N          has the agent run `true` N times, each on a stream of its own; prints the milliseconds of each
 //   start N CMD…    (TARGET is not used) starts CMD N times and waits for its end; prints the milliseconds of each
+//   answer VM… [-- ASK…]
+//                   (TARGET is the runtime directory, with no VM in it) starts VM and, once it has a control socket,
+//                   ASK or the agent's `true`; prints the milliseconds until that has ended; ends VM
 #include <fcntl.h>
+#include <glob.h>
 #include <linux/vm_sockets.h>
+#include <signal.h>
 #include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -108,8 +113,9 @@ double megabytes(const char* target, unsigned mib, bool to_guest) {
 
 // A stream to the agent, which the VM hands out on its control socket.
 int dial_agent(int control) {
-  static const char request[] = R"({"jsonrpc":"2.0","id":1,"method":"guest-agent.connect","params":{}})"
-                                "\n";
+  static const char request[] =
+      R"({"jsonrpc":"2.0","id":1,"method":"guest-agent.connect","params":{"timeout_ms":60000}})"
+      "\n";
   put(control, request, sizeof request - 1);
   int stream = -1;
   for (bool whole = false; !whole;) {
@@ -163,6 +169,37 @@ void start(char** command) {
   int status = 0;
   if (posix_spawnp(&process, command[0], nullptr, nullptr, command, environ) != 0) die(command[0]);
   if (waitpid(process, &status, 0) < 0 || status != 0) die("a command failed");
+}
+
+void answer(const char* directory, char** vm) {
+  char** ask = vm;
+  while (*ask && strcmp(*ask, "--") != 0) ++ask;
+  const bool given = *ask != nullptr;
+  if (given) *ask++ = nullptr;
+  glob_t found{};
+  const auto there_is = [&](const char* socket) {
+    char pattern[4096];
+    snprintf(pattern, sizeof pattern, "%s/*/%s", directory, socket);
+    return glob(pattern, 0, nullptr, &found) == 0;
+  };
+  posix_spawn_file_actions_t files;
+  posix_spawn_file_actions_init(&files);
+  posix_spawn_file_actions_addopen(&files, 0, "/dev/null", O_RDONLY, 0);
+  posix_spawn_file_actions_addopen(&files, 1, "/dev/null", O_WRONLY, 0);
+  static pid_t process;
+  const double before = now_ms();
+  if (posix_spawnp(&process, vm[0], &files, nullptr, vm, environ) != 0) die(vm[0]);
+  atexit([] {
+    kill(process, SIGKILL);
+    waitpid(process, nullptr, 0);
+  });
+  while (!there_is("console.sock")) {  // which is made when control.sock listens
+    if (waitpid(process, nullptr, WNOHANG) != 0) die("the VM has ended");
+    usleep(1000);
+  }
+  if (!there_is("control.sock")) die("control.sock");
+  given ? start(ask) : exec_true(dial_path(found.gl_pathv[0]));
+  printf("%.4f\n", now_ms() - before);
 }
 
 template <typename Once>
@@ -227,6 +264,8 @@ int main(int count, char** arguments) {
     repeat(number, [&] { exec_true(control); });
   } else if (strcmp(what, "start") == 0 && count > 4) {
     repeat(number, [&] { start(arguments + 4); });
+  } else if (strcmp(what, "answer") == 0 && count > 3) {
+    answer(target, arguments + 3);
   } else {
     return 2;
   }

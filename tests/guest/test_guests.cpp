@@ -6,8 +6,10 @@
 #include <sys/stat.h>
 #include <time.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <memory>
 #include <sstream>
 #include <thread>
 
@@ -227,4 +229,260 @@ TEST_CASE("a guest that does not obey is stopped") {
     process.type("\x01x");
     CHECK(process.finish().status == 6);
   }
+}
+
+namespace {
+
+// The guest `continued` and its forks, in a runtime directory and a store of their own.
+struct ForkStage {
+  struct Answer {
+    unsigned ticks, damaged, random_bytes;
+    unsigned long long random;
+  };
+
+  ScratchDir dir;
+  ForkStage() { ::setenv("CLONE_RUNTIME_DIR", (dir.path() + "/run").c_str(), 1); }
+  ~ForkStage() { ::unsetenv("CLONE_RUNTIME_DIR"); }
+
+  std::vector<std::string> with_store(std::vector<std::string> arguments) const {
+    arguments.insert(arguments.end(), {"--store", dir.path() + "/store"});
+    return arguments;
+  }
+  VmmResult command(const std::vector<std::string>& arguments) const { return run_command(with_store(arguments)); }
+
+  // Timer, serial line, virtio device and memory of a guest, asked of itself.
+  static Answer ask(VmmProcess& vm) {
+    vm.type("?");
+    std::string line;
+    REQUIRE(vm.wait_for_line("ticks ", line));
+    Answer answer{};
+    REQUIRE(std::sscanf(line.c_str(), "ticks %u damaged %u random %u 0x%llx", &answer.ticks, &answer.damaged,
+                        &answer.random_bytes, &answer.random) == 4);
+    CHECK(answer.damaged == 0);
+    CHECK(answer.random_bytes == 8);
+    return answer;
+  }
+  static void ends_well(VmmProcess& vm) {
+    (void)ask(vm);
+    vm.type(".");
+    const VmmResult result = vm.finish();
+    CHECK(result.output.ends_with("done\n"));
+    CHECK(result.output.find("FAILED") == std::string::npos);
+    CHECK(result.errors == "");
+    CHECK(result.status == 0);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("forks go on where the template stood, each on its own") {
+  const ForkStage stage;
+  VmmProcess source("continued", {"--mem", "64M", "--name", "source", "--cmdline", "mib=32"});
+  REQUIRE(source.wait_for("ready\n"));
+  const auto before = stage.ask(source);
+  const VmmResult snapshot = stage.command({"snapshot", "--name", "base", "source"});
+  CHECK(snapshot.errors == "");
+  CHECK(snapshot.output.starts_with("base: 64M of memory; the VM stood still for "));
+  REQUIRE(snapshot.status == 0);
+  CHECK(stage.ask(source).ticks > before.ticks);
+  CHECK(stage.command({"template", "verify", "base"}).output == "base: whole\n");
+  CHECK(stage.command({"snapshot", "--name", "base", "source"}).status == 1);  // there is one already
+
+  VmmProcess one(stage.with_store({"fork", "--template", "base", "--name", "one"}));
+  VmmProcess two(stage.with_store({"fork", "--template", "base", "--name", "two"}));
+  const auto first = stage.ask(one), second = stage.ask(two);
+  CHECK(first.ticks > before.ticks);
+  CHECK(first.random != second.random);
+  CHECK(stage.ask(one).ticks > first.ticks);
+  // A fork of a fork; the template may go while its forks run.
+  CHECK(stage.command({"snapshot", "--name", "again", "one"}).status == 0);
+  CHECK(stage.command({"template", "rm", "base"}).status == 0);
+  VmmProcess third(stage.with_store({"fork", "--template", "again"}));
+  CHECK(stage.ask(third).ticks > first.ticks);
+  CHECK(stage.command({"fork", "--template", "base"}).status == 1);
+  for (VmmProcess* vm : {&source, &one, &two, &third}) stage.ends_well(*vm);
+}
+
+TEST_CASE("a machine that runs is forked, and so is its fork") {
+  for (const std::string backing : {"anonymous", "memfd"}) {
+    CAPTURE(backing);
+    const ForkStage stage;
+    VmmProcess source("continued",
+                      {"--mem", "64M", "--mem-backing", backing, "--name", "source", "--cmdline", "mib=32"});
+    REQUIRE(source.wait_for("ready\n"));
+    const auto before = stage.ask(source);
+    VmmProcess one({"fork", "--from", "source", "--name", "one"});
+    const auto first = stage.ask(one);
+    CHECK(first.ticks > before.ticks);
+    VmmProcess two({"fork", "--from", "one", "--name", "two"});
+    VmmProcess sister({"fork", "--from", "source", "--name", "sister"});
+    CHECK(stage.ask(two).ticks > first.ticks);
+    CHECK(stage.ask(sister).random != first.random);
+    for (VmmProcess* vm : {&source, &one, &two, &sister}) stage.ends_well(*vm);
+  }
+}
+
+TEST_CASE("a disk that was written to gets a layer of its own in each fork, and must be as it was") {
+  const ForkStage stage;
+  const std::string disk = stage.dir.write("disk", std::string(kDiskBytes, '\xaa'));
+  const auto run = [&](const std::string& options) {
+    auto vm = std::make_unique<VmmProcess>(
+        "continued", std::vector<std::string>{"--mem", "64M", "--name", "source", "--block", disk + options});
+    REQUIRE(vm->wait_for("ready\n"));
+    return vm;
+  };
+  {
+    const auto source = run("");
+    REQUIRE(stage.command({"snapshot", "--name", "held", "source"}).status == 0);
+    const VmmResult held = stage.command({"fork", "--template", "held"});
+    CHECK(held.errors.find("in use by another process (opened for writing)") != std::string::npos);
+    CHECK(held.status == 1);
+    REQUIRE(stage.command({"snapshot", "--name", "base", "--stop", "source"}).status == 0);
+    CHECK(source->finish().status == 6);
+  }
+  {
+    ::setenv("HOME", stage.dir.path().c_str(), 1);  // of temporary layers
+    VmmProcess one(stage.with_store({"fork", "--template", "base"}));
+    VmmProcess two(stage.with_store({"fork", "--template", "base"}));
+    for (VmmProcess* vm : {&one, &two}) (void)stage.ask(*vm);
+    const VmmResult kept = stage.command({"snapshot", "--name", "again", "--vm-id", "source"});
+    CHECK(kept.status == 1);  // there is none of that name any more
+    for (VmmProcess* vm : {&one, &two}) stage.ends_well(*vm);
+  }
+  CHECK((read_file(disk) == std::string(kDiskBytes, '\xaa')));
+  std::ofstream(disk, std::ios::in | std::ios::out).put('x');
+  const VmmResult changed = stage.command({"fork", "--template", "base"});
+  CHECK(changed.errors.find("plugin virtio-blk.0: path=" + disk + ": is not as it was when the snapshot was taken") !=
+        std::string::npos);
+  CHECK(changed.status == 1);
+}
+
+TEST_CASE("a snapshot that is damaged, or is not there, is refused in one line") {
+  const ForkStage stage;
+  VmmProcess source("continued", {"--mem", "64M", "--name", "source"});
+  REQUIRE(source.wait_for("ready\n"));
+  REQUIRE(stage.command({"snapshot", "--name", "base", "source"}).status == 0);
+  stage.ends_well(source);
+  const std::string state = stage.dir.path() + "/store/base/state";
+  const std::string whole = read_file(state);
+  const auto refused = [&](const std::string& content) {
+    std::ofstream(state, std::ios::binary | std::ios::trunc) << content;
+    const VmmResult result = stage.command({"fork", "--template", "base"});
+    CHECK(result.status == 1);
+    CHECK(result.errors.starts_with("clone: error: "));
+    CHECK(std::count(result.errors.begin(), result.errors.end(), '\n') == 1);
+  };
+  for (const size_t size : {size_t{0}, size_t{1}, size_t{64}, whole.size() / 2, whole.size() - 1}) {
+    CAPTURE(size);
+    refused(whole.substr(0, size));
+  }
+  for (size_t place = 0; place < whole.size(); place += whole.size() / 16) {
+    CAPTURE(place);
+    std::string flipped = whole;
+    flipped[place] = static_cast<char>(flipped[place] ^ 0x10);
+    refused(flipped);
+  }
+  CHECK(stage.command({"fork", "--template", "nothing"}).errors.find("nothing") != std::string::npos);
+  std::ofstream(state, std::ios::binary | std::ios::trunc) << whole;
+  // What others could have written is not trusted.
+  std::filesystem::permissions(state, std::filesystem::perms::others_write, std::filesystem::perm_options::add);
+  CHECK(stage.command({"fork", "--template", "base"}).status == 1);
+}
+
+TEST_CASE("a fork that is killed at any moment leaves nothing behind") {
+  const ForkStage stage;
+  const std::string disk = stage.dir.write("disk", std::string(kDiskBytes, '\xaa'));
+  {
+    VmmProcess source("continued", {"--mem", "64M", "--name", "source", "--block", disk});
+    REQUIRE(source.wait_for("ready\n"));
+    REQUIRE(stage.command({"snapshot", "--name", "base", "--stop", "source"}).status == 0);
+  }
+  ::setenv("HOME", (stage.dir.path() + "/home").c_str(), 1);
+  std::filesystem::create_directory(stage.dir.path() + "/home");
+  const auto entries = [](const std::string& folder) {
+    std::vector<std::string> names;
+    for (const auto& entry : std::filesystem::directory_iterator(folder)) names.push_back(entry.path().filename());
+    std::sort(names.begin(), names.end());
+    return names;
+  };
+  const auto templates = entries(stage.dir.path() + "/store");
+  for (int delay_ms = 0; delay_ms < 30; ++delay_ms) {
+    VmmProcess vm(stage.with_store({"fork", "--template", "base"}));
+    std::this_thread::sleep_for(std::chrono::milliseconds(delay_ms));
+    vm.signal(SIGKILL);
+    CHECK(vm.finish().status == 128 + SIGKILL);
+  }
+  VmmProcess last(stage.with_store({"fork", "--template", "base", "--name", "last"}));
+  (void)stage.ask(last);
+  // What the dead left is cleared when another starts: there is its directory, and what is hidden there is for all.
+  auto machines = entries(stage.dir.path() + "/run");
+  std::erase_if(machines, [](const std::string& name) { return name.starts_with('.'); });
+  CHECK(machines.size() == 1);
+  CHECK(entries(stage.dir.path() + "/store") == templates);
+  CHECK(entries(stage.dir.path() + "/home/.clone/overlays").empty());
+  stage.ends_well(last);
+  CHECK((read_file(disk) == std::string(kDiskBytes, '\xaa')));
+}
+
+TEST_CASE("forks of machines with several processors and much memory") {
+  const ForkStage stage;
+  VmmProcess source("continued", {"--mem", "4G", "--vcpus", "4", "--name", "source", "--cmdline", "mib=256"});
+  REQUIRE(source.wait_for("ready\n"));
+  REQUIRE(stage.command({"snapshot", "--name", "base", "source"}).status == 0);
+  VmmProcess one(stage.with_store({"fork", "--template", "base"}));
+  VmmProcess two({"fork", "--from", "source"});
+  for (VmmProcess* vm : {&source, &one, &two}) stage.ends_well(*vm);
+}
+
+TEST_CASE("many forks from one command") {
+  const ForkStage stage;
+  {
+    VmmProcess source("continued", {"--mem", "64M", "--name", "source"});
+    REQUIRE(source.wait_for("ready\n"));
+    REQUIRE(stage.command({"snapshot", "--name", "base", "--stop", "source"}).status == 0);
+  }
+  VmmProcess many(stage.with_store({"fork", "--template", "base", "--name", "web", "--count", "20", "--grace", "1"}));
+  for (int number = 1; number <= 20; ++number)
+    REQUIRE(many.wait_for("web-" + std::to_string(number) + ": process "));
+  const auto rows = [&] {
+    const std::string listed = run_command({"list"}).output;
+    return std::count(listed.begin(), listed.end(), '\n') - 1;
+  };
+  const auto end = std::chrono::steady_clock::now() + 15s;
+  while (rows() < 20 && std::chrono::steady_clock::now() < end) std::this_thread::sleep_for(100ms);
+  const std::string listed = run_command({"list"}).output;
+  for (const char* name : {"  web-1 ", "  web-20 "}) CHECK(listed.find(name) != std::string::npos);
+  CHECK(run_command({"stop", "--force", "web-7"}).status == 0);
+  many.signal(SIGTERM);
+  const VmmResult result = many.finish();
+  CHECK(result.status == 6);  // the guest knows of no button
+  CHECK(!result.timed_out);
+  CHECK(rows() <= 0);
+}
+
+TEST_CASE("a template that is kept in memory outlives its machine, and touches no disk") {
+  const ForkStage stage;
+  const std::vector<std::string> memory{"--backend", "memory"};
+  const auto in_memory = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.end(), memory.begin(), memory.end());
+    return arguments;
+  };
+  {
+    VmmProcess source("continued", {"--mem", "64M", "--name", "source", "--cmdline", "mib=32"});
+    REQUIRE(source.wait_for("ready\n"));
+    const VmmResult kept = run_command(in_memory({"snapshot", "--name", "base", "source"}));
+    CHECK(kept.errors == "");
+    REQUIRE(kept.status == 0);
+    stage.ends_well(source);
+  }
+  CHECK(run_command(in_memory({"template", "list"})).output.find("\nbase ") != std::string::npos);
+  CHECK(stage.command({"template", "list"}).output.find("base") == std::string::npos);
+  VmmProcess one(in_memory({"fork", "--template", "base", "--name", "one"}));
+  VmmProcess two(in_memory({"fork", "--template", "base", "--name", "two"}));
+  for (VmmProcess* vm : {&one, &two}) (void)stage.ask(*vm);
+  CHECK(run_command(in_memory({"template", "rm", "base"})).status == 0);
+  CHECK(run_command(in_memory({"fork", "--template", "base"})).status == 1);
+  for (VmmProcess* vm : {&one, &two}) stage.ends_well(*vm);
+  CHECK(run_command({"template", "list", "--backend", "nothing"}).errors.find("unknown snapshot-backend 'nothing'") !=
+        std::string::npos);
 }

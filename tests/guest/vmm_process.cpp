@@ -41,9 +41,21 @@ bool read_into(std::string& text, vmm::Fd& fd) {
 
 }  // namespace
 
+namespace {
+
+std::vector<std::string> run_arguments(const std::string& program, const std::vector<std::string>& arguments) {
+  std::vector<std::string> words{"run", "--kernel", CLONE_GUEST_PROGRAM_DIR "/" + program + ".elf"};
+  words.insert(words.end(), arguments.begin(), arguments.end());
+  return words;
+}
+
+}  // namespace
+
 VmmProcess::VmmProcess(const std::string& program, const std::vector<std::string>& arguments)
-    : start_(std::chrono::steady_clock::now()) {
-  std::vector<std::string> words{CLONE_BINARY, "run", "--kernel", CLONE_GUEST_PROGRAM_DIR "/" + program + ".elf"};
+    : VmmProcess(run_arguments(program, arguments)) {}
+
+VmmProcess::VmmProcess(const std::vector<std::string>& arguments) : start_(std::chrono::steady_clock::now()) {
+  std::vector<std::string> words{CLONE_BINARY};
   words.insert(words.end(), arguments.begin(), arguments.end());
   std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());
@@ -85,6 +97,19 @@ bool VmmProcess::wait_for(const std::string& text) {
   return true;
 }
 
+bool VmmProcess::wait_for_line(const std::string& text, std::string& line) {
+  for (;;) {
+    const size_t begin = result_.output.find(text, passed_);
+    const size_t end = begin == std::string::npos ? begin : result_.output.find('\n', begin);
+    if (end != std::string::npos) {
+      line = result_.output.substr(begin, end - begin);
+      passed_ = end;
+      return true;
+    }
+    if (!read_some(start_ + kLimit)) return false;
+  }
+}
+
 void VmmProcess::type(const std::string& text) {
   REQUIRE(::write(input_.get(), text.data(), text.size()) == static_cast<ssize_t>(text.size()));
 }
@@ -111,3 +136,5 @@ VmmResult run_guest(const std::string& program, const std::vector<std::string>& 
   if (!input.empty()) process.type(input);
   return process.finish();
 }
+
+VmmResult run_command(const std::vector<std::string>& arguments) { return VmmProcess(arguments).finish(); }

@@ -20,12 +20,16 @@ class VmmProcess {
  public:
   // Of the guest programs. The arguments follow `clone run --kernel PROGRAM`.
   VmmProcess(const std::string& program, const std::vector<std::string>& arguments);
+  // Any command of `clone`, with its arguments.
+  explicit VmmProcess(const std::vector<std::string>& arguments);
   VmmProcess(const VmmProcess&) = delete;
   VmmProcess& operator=(const VmmProcess&) = delete;
   ~VmmProcess();
 
   // False when it ends, or time passes, without that in its output.
   bool wait_for(const std::string& text);
+  // The next whole line of its output with that in it, from there on; lines before it are passed over.
+  bool wait_for_line(const std::string& text, std::string& line);
   void type(const std::string& text);
   void signal(int number);
   // Closes its input, reads what it says, and gives the end.
@@ -40,7 +44,11 @@ class VmmProcess {
   vmm::Fd errors_;
   std::chrono::steady_clock::time_point start_;
   VmmResult result_;
+  size_t passed_ = 0;  // of the output, by wait_for_line()
 };
+
+// Another command than `run`, to its end.
+VmmResult run_command(const std::vector<std::string>& arguments);
 
 VmmResult run_guest(const std::string& program, const std::vector<std::string>& arguments,
                     const std::string& input = {});

@@ -581,6 +581,77 @@ TEST_CASE("guest-agent: a pause, a restore, a reset") {
   SUBCASE("a saved machine has nothing of it") {
     SavedState state;
     REQUIRE(m.device->save(state) == CLONE_OK);
+    CHECK(state.sections.empty());
     REQUIRE(m.device->load(state) == CLONE_OK);
   }
+}
+
+TEST_CASE("guest-agent: a machine that was loaded is told who it is before it is watched, until it has answered") {
+  Machine m(Machine::Given{{"timeout", "300"}, {"interval", "100"}});
+  m.session();
+  REQUIRE(m.device->quiesce() == CLONE_OK);
+  SavedState state;
+  REQUIRE(m.device->load(state) == CLONE_OK);
+  bool refuses = false;
+  SUBCASE("with a name; the agent takes it") { m.host.machine_name = "web"; }
+  SUBCASE("without one; the agent cannot do a part of it") { refuses = true; }
+  const auto now_ns = [] { return std::chrono::system_clock::now().time_since_epoch().count(); };
+  std::string entropies[2];
+  const auto check_identity = [&](AgentEnd& end, std::string& entropy) {
+    REQUIRE(m.host.run_until([&] { return end.received().size() == 1; }));
+    m.host.run_main_loop(20);
+    REQUIRE(end.received().size() == 1);  // nothing before the agent is there to take the time
+    const auto before = now_ns();
+    end.hello();
+    REQUIRE(m.host.run_until([&] { return end.received().size() == 3; }));
+    CHECK(end.received()[0].type == Type::hello);
+    CHECK(end.received()[1].type == Type::identity);
+    CHECK(end.received()[2].type == Type::watch);
+    const std::string payload = end.received()[1].payload;
+    agent_protocol::Reader reader(payload.data(), payload.size());
+    using namespace agent_protocol;
+    const bool named = !m.host.machine_name.empty();
+    CHECK(reader.u32() == ((named ? kIdentityHostname : 0u) | kIdentityEntropy | kIdentityClock));
+    if (named) CHECK(printable(reader.text()) == "web");
+    const auto bytes = reader.text();
+    entropy.assign(bytes.data, bytes.size_bytes);
+    CHECK(entropy.size() == 32);
+    const auto clock_ns = static_cast<int64_t>(reader.u64());
+    CHECK(clock_ns >= before);
+    CHECK(clock_ns <= now_ns());
+    CHECK(reader.left_bytes() == 0);
+  };
+  REQUIRE(m.device->resume() == CLONE_OK);
+  check_identity(m.next_end(), entropies[0]);
+  // Without an answer it counts for nothing.
+  AgentEnd& second = m.next_end();
+  check_identity(second, entropies[1]);
+  CHECK(entropies[0] != entropies[1]);
+  // Nobody else gets to the agent before it has.
+  FakeHost::Answer stream;
+  m.begin("connect", "{\"timeout_ms\": 5000}", stream);
+  m.host.run_until([] { return false; }, 20);
+  CHECK(&m.ends.back() == &second);
+
+  if (refuses) {
+    second.send(Type::error, [](Writer& writer) {
+      writer.u32(EPERM);
+      writer.u16(static_cast<uint16_t>(Type::identity));
+      agent_protocol::put_text(writer, "clock: no");
+    });
+  } else {
+    second.done();
+  }
+  second.report(CLONE_ACTIVITY_IDLE);
+  REQUIRE(m.host.run_until([&] { return m.report().activity == CLONE_ACTIVITY_IDLE; }));
+  REQUIRE(m.host.run_until([&] { return !stream.text.empty(); }, 50));
+  CHECK(stream.text == "{}");
+  const auto lines = m.host.log_lines();
+  CHECK(std::ranges::count(lines, "guest-agent.0: the guest keeps a part of the identity it had: clock: no") ==
+        refuses);
+  // Then it is a session like any other, and so is the next.
+  second.close();
+  AgentEnd& third = m.next_end();
+  REQUIRE(m.host.run_until([&] { return third.received().size() == 2; }));
+  CHECK(third.received()[1].type == Type::watch);
 }

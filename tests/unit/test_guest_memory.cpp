@@ -4,7 +4,11 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+#include <unistd.h>
+
 #include <bit>
+#include <fstream>
+#include <iterator>
 
 #include "memory/guest_memory.hpp"
 
@@ -152,4 +156,77 @@ TEST_CASE("memory: dirty marks") {
   GuestMemory moved = std::move(memory);
   REQUIRE(moved.store({8 * kPageSize}, 1));
   CHECK(moved.take_dirty(0)[0] == 1ull << 8);
+}
+
+TEST_CASE("memory: a set of pages is visited in runs, in pieces, region by region") {
+  PageSet pages;
+  pages.add(0, std::vector<uint64_t>{1ull << 63, 1});                            // 63 and 64
+  pages.add(3 * kGiB / kPageSize - 64, std::vector<uint64_t>{1ull << 63});       // the last of the first region
+  pages.add(3 * kGiB / kPageSize, std::vector<uint64_t>{~0ull, 0, ~0ull >> 1});  // 64, and 63 further on
+  pages.add(0, std::vector<uint64_t>{1ull << 63 | 1});
+  CHECK(pages.count() == 3 + 1 + 64 + 63);
+  const GuestMemory memory = make(3 * kGiB + 200 * kPageSize);
+  std::vector<std::pair<uint64_t, uint64_t>> seen;
+  const auto visit = [&](uint64_t offset, std::span<const std::byte> bytes) -> Result<void> {
+    const uint64_t address = offset < 3 * kGiB ? offset : offset + 1 * kGiB;
+    CHECK(bytes.data() == memory.slice({address}, bytes.size()));
+    seen.emplace_back(offset / kPageSize, bytes.size() / kPageSize);
+    return {};
+  };
+  REQUIRE(memory.visit_pages(pages, 40 * kPageSize, visit).ok());
+  constexpr uint64_t high = 3 * kGiB / kPageSize;
+  const std::vector<std::pair<uint64_t, uint64_t>> expected{
+      {0, 1}, {63, 2}, {high - 1, 1}, {high, 40}, {high + 40, 24}, {high + 128, 40}, {high + 168, 23}};
+  CHECK((seen == expected));
+  // What lies behind the memory is nobody's; an error ends it.
+  pages.add(high + 192, std::vector<uint64_t>{~0ull});
+  seen.clear();
+  REQUIRE(memory.visit_pages(pages, 1 * kGiB, visit).ok());
+  CHECK(seen.back() == std::pair<uint64_t, uint64_t>{high + 192, 8});
+  CHECK(!memory.visit_pages(pages, kPageSize, [](auto, auto) -> Result<void> { return Error{"no"}; }).ok());
+  pages.clear();
+  CHECK(pages.count() == 0);
+}
+
+TEST_CASE("memory: more extents than the kernel has mappings for are restored, the largest as mappings") {
+  constexpr uint64_t pages = 140'000;
+  const Fd file(::memfd_create("snapshot", MFD_CLOEXEC));
+  REQUIRE(::ftruncate(file.get(), static_cast<off_t>(pages * kPageSize)) == 0);
+  for (uint64_t page = 0; page < pages; ++page)
+    REQUIRE(::pwrite(file.get(), &page, sizeof page, static_cast<off_t>(page * kPageSize)) == sizeof page);
+  // Every other page, from the file's end on backwards; a large one in the middle.
+  std::vector<MemoryExtent> extents;
+  for (uint64_t page = 0; page < pages; page += 2) {
+    const bool large = page == pages / 2;
+    extents.push_back({file.get(), (pages - page - 10) * kPageSize, page * kPageSize, (large ? 5 : 1) * kPageSize});
+    if (large) page += 4;
+    if (page + 12 > pages) break;
+  }
+  const auto count_mappings = [] {
+    std::ifstream maps("/proc/self/maps");
+    return static_cast<uint64_t>(std::count(std::istreambuf_iterator<char>(maps), {}, '\n'));
+  };
+  const uint64_t before = count_mappings();
+  const auto memory = GuestMemory::restore({.size_bytes = pages * kPageSize, .mergeable = false}, extents);
+  REQUIRE(memory.ok());
+  CHECK(count_mappings() - before < 10);
+  uint64_t damaged = 0, next = 0;
+  const auto value = [&](uint64_t page) { return *memory->load<uint64_t>({page * kPageSize}); };
+  for (const MemoryExtent& extent : extents) {
+    for (; next < extent.memory_offset / kPageSize; ++next) damaged += value(next) != 0;
+    for (uint64_t i = 0; i < extent.size_bytes / kPageSize; ++i)
+      damaged += value(next++) != extent.fd_offset / kPageSize + i;
+  }
+  CHECK(damaged == 0);
+  // It is the machine's own: the file does not change with it.
+  auto* const page = memory->slice({0}, kPageSize);
+  *page = ~*page;
+  std::byte original{};
+  REQUIRE(::pread(file.get(), &original, 1, static_cast<off_t>(extents.front().fd_offset)) == 1);
+  CHECK(original != *page);
+
+  REQUIRE(::ftruncate(file.get(), static_cast<off_t>(kPageSize)) == 0);
+  const auto cut = GuestMemory::restore({.size_bytes = pages * kPageSize}, extents);
+  REQUIRE(!cut.ok());
+  CHECK(cut.error().message.find("ends too early") != std::string::npos);
 }

@@ -465,6 +465,14 @@ std::string resize(Rig& rig, uint64_t size_bytes) {
 
 }  // namespace
 
+// As a copy is that keeps the time of change.
+static void become_as_old(const TemporaryFile& copy, const TemporaryFile& original) {
+  struct stat status {};
+  REQUIRE(::stat(original.path().c_str(), &status) == 0);
+  const timespec times[] = {status.st_atim, status.st_mtim};
+  REQUIRE(::utimensat(AT_FDCWD, copy.path().c_str(), times, 0) == 0);
+}
+
 TEST_CASE("virtio-blk: a disk grows while the guest uses it") {
   for (const char* aio : {"io_uring", "threads"}) {
     for (const char* cache : {"writeback", "none"}) {
@@ -503,6 +511,8 @@ TEST_CASE("virtio-blk: a disk grows while the guest uses it") {
       CHECK(rig.config_changes() == 2);
       SavedState state;
       REQUIRE(rig.device().save(state) == CLONE_OK);
+      TemporaryFile copy(4097 * kSector);
+      become_as_old(copy, file);
       REQUIRE(rig.device().load(state) == CLONE_OK);
       REQUIRE(rig.device().resume() == CLONE_OK);
       CHECK(rig.run(VIRTIO_BLK_T_OUT, 4096, last) == VIRTIO_BLK_S_OK);
@@ -513,7 +523,6 @@ TEST_CASE("virtio-blk: a disk grows while the guest uses it") {
       CHECK(rig.config_changes() == 2);
       rig.activate();
       CHECK(rig.run(VIRTIO_BLK_T_OUT, 4097, last) == VIRTIO_BLK_S_OK);
-      TemporaryFile copy(4097 * kSector);
       Rig loaded({{"path", copy.path()}, {"serial", "disk"}});
       CHECK(loaded.device().load(state) == CLONE_OK);
     }
@@ -769,12 +778,17 @@ TEST_CASE("virtio-blk: saved and loaded") {
     CHECK(loaded.device().load(state) == expected);
     return loaded.device().error;
   };
+  const timespec long_ago[] = {{1, 0}, {1, 0}};
+  REQUIRE(::utimensat(AT_FDCWD, other.path().c_str(), long_ago, 0) == 0);
+  CHECK(load_error({{"path", other.path()}}, CLONE_ERR_STATE) ==
+        "path=" + other.path() + ": is not as it was when the snapshot was taken; the guest would mix old and new");
+  become_as_old(other, file);
   CHECK(load_error({{"path", other.path()}}, CLONE_OK).empty());
   CHECK(load_error({{"path", larger.path()}}) == "the number of 512-byte sectors is 65, of the saved disk 64");
   CHECK(load_error({{"path", other.path()}, {"readonly", "on"}}) == "readonly is 1, of the saved disk 0");
   CHECK(load_error({{"path", other.path()}, {"queues", "5"}}) == "queues is 5, of the saved disk 2");
   CHECK(load_error({{"path", other.path()}, {"serial", "x"}}) == "serial differs from that of the saved disk");
-  auto& section = state.sections.begin()->second;
+  auto& section = state.sections.at("virtio-blk");
   section.version = 2;
   CHECK(load_error({{"path", other.path()}}, CLONE_ERR_CORRUPT) ==
         "section virtio-blk has version 2, known are 1 to 1");

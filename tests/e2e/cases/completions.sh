@@ -10,6 +10,7 @@ cat >bin/clone <<'END'
 #!/bin/sh
 case "$*" in
   list) printf 'PID  ID        NAME  STATE\n12   107961aa  web   running\n13   5f03c2d1  db    paused\n' ;;
+  'template list --json') echo '[{"name":"base","parent":null},{"name":"warm","parent":"base"}]' ;;
   'plugin list') printf 'PLUGIN  VERSION\nserial  1.0.0\n' ;;
   'plugin list --json') echo '{"plugins":[{"provides":[{"kind":"device","name":"serial"},{"kind":"transport","name":"mmio"}]}]}' ;;
 esac
@@ -68,7 +69,7 @@ check_options() { # COMMAND…
   ((count > 0)) || fail "clone $name --help shows no option"
 }
 mapfile -t all < <(commands)
-((${#all[@]} >= 14)) || fail "clone --help lists ${all[*]}"
+((${#all[@]} >= 17)) || fail "clone --help lists ${all[*]}"
 for command in "${all[@]}"; do
   completed clone '' | grep -qxF -e "$command" || fail "bash lacks $command"
   grep -qE "^    ['\"]$command:" "$completions/_clone" || fail "zsh lacks $command"
@@ -101,6 +102,22 @@ offers 'mmio' clone run --transport ''
 offers 'a file.img' clone run --rootfs a
 offers 'folder' clone run --modules f
 offers '' clone run --name w
+offers 'base warm' clone fork --template ''
+offers 'warm' clone fork -t w
+offers 'db web' clone fork --from ''
+offers '--template' clone fork --te
+offers '--from' clone fork --fr
+offers 'folder' clone fork --store f
+offers 'web' clone snapshot --name base w
+offers '' clone snapshot --name w
+offers 'verify' clone template v
+offers 'base warm' clone template rm ''
+offers 'warm' clone template inspect --json w
+offers '' clone template list ''
+offers 'flatten' clone template fl
+offers 'base warm' clone template flatten ''
+offers 'a file.img' clone template import a
+offers '--incremental' clone snapshot --in
 offers 'web:' clone cp w
 offers 'a file.img' clone cp a
 offers '' clone cp web : /etc
@@ -120,5 +137,9 @@ if command -v fish >/dev/null; then
   fish_offers 'db web' 'clone stop '
   fish_offers '--json' 'clone list --j'
   fish_offers 'serial' 'clone plugin inspect '
+  fish_offers 'base warm' 'clone fork --template '
+  fish_offers 'db web' 'clone fork --from '
+  fish_offers 'base warm' 'clone template rm '
+  fish_offers '--stop --store' 'clone snapshot --st'
   fish_offers 'web:' 'clone cp w'
 fi

@@ -11,6 +11,7 @@
 #include "clone/abi/plugin.h"
 #include "clone/sdk/balloon_policy.hpp"
 #include "clone/sdk/device.hpp"
+#include "clone/sdk/snapshot_backend.hpp"
 #include "clone/sdk/transport.hpp"
 #include "clone/sdk/virtio.hpp"
 
@@ -64,4 +65,12 @@
     return id == CLONE_BALLOON_POLICY_FACTORY ? clone_sdk::balloon_policy_factory<__VA_ARGS__>() : nullptr; \
   }                                                                                                         \
   }                                                                                                         \
+  CLONE_SDK_ENTRY(clone_sdk_find_factory)
+
+#define CLONE_SDK_SNAPSHOT_BACKENDS(...)                                                                        \
+  namespace {                                                                                                   \
+  const void* clone_sdk_find_factory(std::string_view id) {                                                     \
+    return id == CLONE_SNAPSHOT_BACKEND_FACTORY ? clone_sdk::snapshot_backend_factory<__VA_ARGS__>() : nullptr; \
+  }                                                                                                             \
+  }                                                                                                             \
   CLONE_SDK_ENTRY(clone_sdk_find_factory)

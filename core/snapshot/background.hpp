@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// Work on a machine's memory as it stood, beside a machine that goes on: a child process has it, copied as it is written.
+#pragma once
+
+#include <sys/types.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "loop/event_loop.hpp"
+#include "util/fd.hpp"
+#include "util/result.hpp"
+
+namespace vmm {
+
+// On the main loop, all of it.
+class BackgroundWork {
+ public:
+  // Called once, unless this object goes before: the work then ends by itself, and nobody is told.
+  using Done = std::function<void(Result<void>)>;
+
+  // `work` runs in the child, where neither this process's threads nor its descriptors exist, but for `keep`, so that no
+  // lock or device of the machine outlives it: it opens what it needs, and waits for nobody. The machine is paused, its
+  // memory its own (GuestMemory::make_private); when this returns it may go on.
+  static Result<std::unique_ptr<BackgroundWork>> start(EventLoop& loop, const std::function<Result<void>()>& work,
+                                                       Done done, int keep = -1);
+  BackgroundWork(const BackgroundWork&) = delete;
+  BackgroundWork& operator=(const BackgroundWork&) = delete;
+  ~BackgroundWork();
+
+ private:
+  BackgroundWork(EventLoop& loop, Fd result, pid_t child, Done done)
+      : loop_(loop), result_(std::move(result)), child_(child), done_(std::move(done)) {}
+
+  void ready();
+
+  EventLoop& loop_;
+  Fd result_;
+  pid_t child_;
+  Done done_;
+  std::string text_;
+};
+
+}  // namespace vmm

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// The plan of a machine among its saved state, and how a fork of it differs.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "plan/plan.hpp"
+#include "plan/settings.hpp"
+#include "snapshot/sections.hpp"
+#include "util/result.hpp"
+
+namespace vmm {
+
+// Without backend= of one's own.
+inline constexpr const char* kDefaultSnapshotBackend = "file";
+
+// Sections of the owner "core".
+Result<void> describe_plan(const CheckedPlan& plan, Sections& sections);
+
+// The settings of the saved machine, without its name. Relative paths start from where it was started.
+Result<std::vector<GivenSetting>> saved_settings(const Sections& sections, const std::vector<Setting>& settings);
+
+// Whether a fork may be given another value: what does not change the machine that its guest knows.
+bool is_setting_of_forks(const Setting& setting);
+
+}  // namespace vmm

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// Opens a chain of snapshots, and makes one memory of theirs.
+#include "stored_snapshot.hpp"
+
+#include <algorithm>
+
+namespace snapshot_file {
+namespace {
+
+Result<OpenedFile> open_file(const Store& store, const std::string& name, const char* file) {
+  const Fd folder = CLONE_TRY(store.open_folder(name));
+  return open_own(folder.get(), file, Kind::file, store.path_of(name) + "/" + file);
+}
+
+// Whatever a file says is damage, not a mistake of the caller's.
+template <typename T>
+Result<T> as_damage(Result<T> result, const std::string& path) {
+  if (!result.ok()) result.error().status = CLONE_ERR_CORRUPT;
+  return std::move(result).context(path);
+}
+
+}  // namespace
+
+Result<Summary> read_summary(const Store& store, const std::string& name) {
+  const OpenedFile state = CLONE_TRY(open_file(store, name, kStateName));
+  const OpenedFile memory = CLONE_TRY(open_file(store, name, kMemoryName));
+  const std::string path = store.path_of(name) + "/" + kStateName;
+  std::vector<std::byte> beginning(std::min<uint64_t>(state.size_bytes, sizeof(HeaderRecord)));
+  CLONE_TRY(read_at(state.fd.get(), 0, beginning).context(path));
+  return Summary{CLONE_TRY(as_damage(parse_header(beginning), path)), state.stored_bytes + memory.stored_bytes};
+}
+
+Result<StoredSnapshot::Member> StoredSnapshot::open_member(const Store& store, const std::string& name) {
+  Member member;
+  member.name = name;
+  member.path = store.path_of(name);
+  const std::string state_path = member.path + "/" + kStateName, memory_path = member.path + "/" + kMemoryName;
+  const Fd folder = CLONE_TRY(store.open_folder(name));
+  const OpenedFile state = CLONE_TRY(open_own(folder.get(), kStateName, Kind::file, state_path));
+  if (state.size_bytes > kMostTableBytes + kMostSectionBytes)
+    return Error{state_path + ": has " + std::to_string(state.size_bytes) + " bytes; allowed are " +
+                     std::to_string(kMostTableBytes + kMostSectionBytes),
+                 0, CLONE_ERR_CORRUPT};
+  member.bytes.resize(state.size_bytes);
+  CLONE_TRY(read_at(state.fd.get(), 0, member.bytes).context(state_path));
+  member.state = CLONE_TRY(as_damage(parse_state(member.bytes), state_path));
+  OpenedFile memory = CLONE_TRY(open_own(folder.get(), kMemoryName, Kind::file, memory_path));
+  if (memory.size_bytes != member.state.memory_bytes)
+    return Error{memory_path + ": has " + std::to_string(memory.size_bytes) + " bytes; the guest's memory has " +
+                     std::to_string(member.state.memory_bytes),
+                 0, CLONE_ERR_CORRUPT};
+  member.memory = std::move(memory.fd);
+  return member;
+}
+
+Result<std::unique_ptr<StoredSnapshot>> StoredSnapshot::open(const Store& store, const std::string& name) {
+  std::unique_ptr<StoredSnapshot> snapshot(new StoredSnapshot);
+  std::vector<Member>& chain = snapshot->chain_;
+  chain.push_back(CLONE_TRY(open_member(store, name)));
+  uint64_t& extent_count = snapshot->chain_extents_;
+  extent_count = chain.back().state.extents.size();
+  while (!chain.back().state.parent.empty()) {
+    const Member& child = chain.back();
+    const auto refused = [&](const std::string& why) {
+      return Error{child.path + ": its parent '" + child.state.parent + "' " + why, 0, CLONE_ERR_CORRUPT};
+    };
+    if (std::any_of(chain.begin(), chain.end(), [&](const Member& m) { return m.name == child.state.parent; }))
+      return refused("has it as a parent in turn");
+    if (chain.size() == kMostMembers)
+      return refused("would be number " + std::to_string(kMostMembers + 1) + " of the chain; allowed are " +
+                     std::to_string(kMostMembers));
+    auto opened = open_member(store, child.state.parent);
+    if (!opened.ok() && opened.error().status == CLONE_ERR_NOT_FOUND) return refused("is missing in " + store.path());
+    Member parent = CLONE_TRY(std::move(opened).context(child.path + ": its parent"));
+    if (parent.state.identity != child.state.parent_identity)
+      return refused("is another snapshot than the one that it was made over");
+    if (parent.state.memory_bytes != child.state.memory_bytes)
+      return refused("has a memory of " + std::to_string(parent.state.memory_bytes) + " bytes, it has " +
+                     std::to_string(child.state.memory_bytes));
+    extent_count += parent.state.extents.size();
+    if (extent_count > kMostChainExtents)
+      return refused("brings the chain to " + std::to_string(extent_count) + " extents; allowed are " +
+                     std::to_string(kMostChainExtents));
+    // Only the newest one's sections count.
+    parent.state.sections.clear();
+    parent.bytes = {};
+    chain.push_back(std::move(parent));
+  }
+  for (const Member& member : chain) snapshot->pieces_ = lay_over(snapshot->pieces_, pieces_of(member));
+  return snapshot;
+}
+
+// A full one's file is its memory as it is, holes and all: one mapping.
+std::vector<StoredSnapshot::Piece> StoredSnapshot::pieces_of(const Member& member) {
+  std::vector<Piece> pieces;
+  if (member.state.parent.empty()) {
+    pieces.push_back({{0, member.state.memory_bytes}, member.memory.get()});
+    return pieces;
+  }
+  for (const Extent& extent : member.state.extents) pieces.push_back({extent, member.memory.get()});
+  return pieces;
+}
+
+// Both are ascending and apart, so is what comes out.
+std::vector<StoredSnapshot::Piece> StoredSnapshot::lay_over(const std::vector<Piece>& upper,
+                                                            const std::vector<Piece>& lower) {
+  std::vector<Piece> result;
+  auto next = upper.begin();
+  for (Piece left : lower) {
+    while (left.size_bytes) {
+      for (; next != upper.end() && next->end() <= left.offset; ++next) result.push_back(*next);
+      const uint64_t covered = next == upper.end() ? left.end() : std::min(next->offset, left.end());
+      if (covered > left.offset) result.push_back({{left.offset, covered - left.offset}, left.fd});
+      const uint64_t end = left.end();
+      left.offset = next == upper.end() ? end : std::clamp(next->end(), covered, end);
+      left.size_bytes = end - left.offset;
+    }
+  }
+  result.insert(result.end(), next, upper.end());
+  return result;
+}
+
+Result<std::optional<clone_snapshot_extent>> StoredSnapshot::memory_extent(uint32_t index) {
+  if (index >= pieces_.size()) return std::optional<clone_snapshot_extent>();
+  const Piece& piece = pieces_[index];
+  return std::optional(
+      clone_snapshot_extent{sizeof(clone_snapshot_extent), piece.fd, piece.offset, piece.offset, piece.size_bytes});
+}
+
+Result<clone_sdk::Reader::Section> StoredSnapshot::read_section(std::string_view owner, std::string_view tag) {
+  const auto& sections = chain_.front().state.sections;
+  const auto found = sections.find({std::string(owner), std::string(tag)});
+  if (found == sections.end())
+    return Error{chain_.front().path + ": has no section " + std::string(owner) + "/" + std::string(tag), 0,
+                 CLONE_ERR_NOT_FOUND};
+  return clone_sdk::Reader::Section{found->second.version, found->second.bytes};
+}
+
+Result<std::vector<clone_sdk::SnapshotImage::SectionInfo>> StoredSnapshot::list_sections() {
+  std::vector<SectionInfo> list;
+  for (const auto& [key, section] : chain_.front().state.sections)
+    list.push_back({key.first, key.second, section.version, section.bytes.size()});
+  return list;
+}
+
+Result<void> StoredSnapshot::verify() {
+  for (const Member& member : chain_) {
+    const std::string path = member.path + "/" + kMemoryName;
+    const auto damaged = [&](const std::string& why) { return Error{path + ": " + why, 0, CLONE_ERR_CORRUPT}; };
+    const Digest digest = CLONE_TRY(digest_of(member.memory.get(), member.state.extents).context(path));
+    if (digest != member.state.memory_digest) return damaged("is damaged: its checksum is another");
+    if (!member.state.parent.empty()) continue;  // what lies outside of its extents is not used
+    const uint64_t memory_bytes = member.state.memory_bytes;
+    const uint64_t stray =
+        CLONE_TRY(find_data_outside(member.memory.get(), member.state.extents, memory_bytes).context(path));
+    if (stray < memory_bytes)
+      return damaged("is damaged: there is data at " + std::to_string(stray) + " where zeroes were saved");
+  }
+  return {};
+}
+
+}  // namespace snapshot_file

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+# A running guest is kept as a template and forked: processes, files, timers and the clock go on in each fork, and what one
+# writes no other sees. Asked through the agent, inside.
+# seconds: 120
+export CLONE_RUNTIME_DIR=$WORK/run
+agent=$(dirname "$CLONE")/../libexec/clone/clone-agent
+root_image <<'END'
+( n=0; while :; do n=$((n + 1)); echo $n >/run/ticks; sleep 0.1; done ) &
+exec 9>/run/open; echo begun >&9
+( while :; do sleep 1; echo more >&9; done ) &
+echo "root is up"
+while read -r line; do echo "typed: $line"; done
+END
+debugfs -w -R "write $agent usr/sbin/clone-agent" root.ext4 2>/dev/null
+debugfs -w -R "set_inode_field usr/sbin/clone-agent mode 0100755" root.ext4 2>/dev/null
+sum=$(sha256sum root.ext4)
+store=(--store "$WORK/store")
+guest() { "$CLONE" exec --vm-id "$1" --timeout 30 -- "${@:2}"; }
+number() { guest "$1" cat /run/ticks; }
+goes_on() { # VM: its process counts, its timers fire, its disk and its clock answer
+  local before now
+  before=$(number "$1")
+  now=$(guest "$1" sh -c "sleep 1; cat /run/ticks")
+  ((now > before)) || fail "$1: $before ticks, a second later $now"
+  guest "$1" sh -c 'md5sum /bin/busybox && dd if=/dev/vda of=/dev/null bs=64k count=16 iflag=direct' >/dev/null 2>&1 || fail "$1: its disk"
+  local earliest=$(date +%s) latest
+  now=$(guest "$1" date +%s)
+  latest=$(date +%s) # what lies between is the way there and back
+  ((now >= earliest - 1 && now <= latest + 1)) || fail "$1: its clock says $now, between $earliest and $latest"
+}
+complaints() { guest "$1" dmesg | grep -E 'soft lockup|rcu.*stall|hung task|BUG|WARNING|clocksource.*unstable' || true; }
+
+"$CLONE" run --kernel "$KERNEL_CLOUD" --rootfs root.ext4 --overlay tmpfs --mem 128M --vcpus 2 --name source --no-reboot --cmdline quiet \
+  </dev/null >console-source.log 2>&1 &
+source=$!
+within 60 contains console-source.log "root is up"
+guest source sh -c 'echo before >/root/file'
+complained=$(complaints source)
+uptime=$(guest source cut -d. -f1 /proc/uptime)
+"$CLONE" snapshot --name base "${store[@]}" source
+goes_on source
+echo "snapshot after $SECONDS s"
+forks=()
+for name in one two three; do
+  "$CLONE" fork --template base "${store[@]}" --name $name --timing </dev/null >console-$name.log 2>&1 &
+  forks+=($!)
+  within 30 guest $name true
+  equal "$name: its file" "$(guest $name cat /root/file)" before
+  guest $name sh -c "echo $name >/root/file"
+  (($(guest $name cut -d. -f1 /proc/uptime) >= uptime)) || fail "$name: its uptime went backwards"
+  echo "$name answers after $SECONDS s"
+done
+for name in source one two three; do goes_on $name; done
+equal "the source's file" "$(guest source cat /root/file)" before
+for name in one two three; do equal "$name: its file" "$(guest $name cat /root/file)" $name; done
+equal "CIDs" "$("$CLONE" status --json | python3 -c 'import json, sys; print(len({vm["name"] for vm in json.load(sys.stdin)["vms"]}))')" 4
+# A fork of a fork, whose template goes while it runs.
+"$CLONE" snapshot --name again --stop "${store[@]}" one
+ends_with 6 wait "${forks[0]}"
+"$CLONE" fork --template again "${store[@]}" --name four </dev/null >console-four.log 2>&1 &
+forks[0]=$!
+within 30 guest four true
+"$CLONE" template rm again "${store[@]}"
+goes_on four
+equal "four: its file" "$(guest four cat /root/file)" one
+for name in two three four; do
+  equal "$name: complaints of its kernel" "$(complaints $name)" "$complained"
+  "$CLONE" status | grep "^$name "
+done
+for name in source two three four; do "$CLONE" stop --grace 20 $name; done
+ends_with 0 wait $source
+for fork in "${forks[@]}"; do ends_with 0 wait "$fork"; done
+equal "base" "$(sha256sum root.ext4)" "$sum"

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+// Snapshots that are differences to others: what a guest and its devices wrote since then is in them, and nothing is
+// lost.
+#include <doctest/doctest.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+
+#include "scratch_dir.hpp"
+#include "vmm_process.hpp"
+
+namespace {
+
+namespace fs = std::filesystem;
+
+// The guest `changes`, its snapshots and its forks.
+struct Stage {
+  ScratchDir dir;
+  std::string store = dir.path() + "/store";
+  Stage() { ::setenv("CLONE_RUNTIME_DIR", (dir.path() + "/run").c_str(), 1); }
+  ~Stage() { ::unsetenv("CLONE_RUNTIME_DIR"); }
+
+  std::vector<std::string> with_store(std::vector<std::string> arguments) const {
+    arguments.insert(arguments.end(), {"--store", store});
+    return arguments;
+  }
+  VmmResult command(const std::vector<std::string>& arguments) const { return run_command(with_store(arguments)); }
+  void succeeds(const std::vector<std::string>& arguments) const {
+    const VmmResult result = command(arguments);
+    CHECK(result.errors == "");
+    REQUIRE(result.status == 0);
+  }
+  void fails(const std::vector<std::string>& arguments, const std::string& why) const {
+    const VmmResult result = command(arguments);
+    CHECK(result.status == 1);
+    CHECK_MESSAGE(result.errors.find(why) != std::string::npos, result.errors);
+    CHECK(std::count(result.errors.begin(), result.errors.end(), '\n') == 1);
+  }
+  static std::vector<std::string> snapshot(const std::string& name, const std::string& vm, bool incremental = true) {
+    std::vector<std::string> words{"snapshot", "--name", name, vm};
+    if (incremental) words.push_back("--incremental");
+    return words;
+  }
+
+  // '+' or '?': the step that it is at then. None of its pages is another step's.
+  static unsigned ask(VmmProcess& vm, const char* what = "?") {
+    vm.type(what);
+    std::string line;
+    REQUIRE(vm.wait_for_line("step ", line));
+    unsigned step = 0, damaged = 1;
+    REQUIRE(std::sscanf(line.c_str(), "step %u damaged %u", &step, &damaged) == 2);
+    CHECK(damaged == 0);
+    return step;
+  }
+  static void ends_well(VmmProcess& vm) {
+    vm.type(".");
+    const VmmResult result = vm.finish();
+    CHECK(result.output.ends_with("done\n"));
+    CHECK(result.output.find("FAILED") == std::string::npos);
+    CHECK(result.errors == "");
+    CHECK(result.status == 0);
+  }
+  // A fork of that one is where it was, and goes on.
+  void holds(const std::string& name, unsigned step) const {
+    CAPTURE(name);
+    VmmProcess fork(with_store({"fork", "--template", name}));
+    CHECK(ask(fork) == step);
+    CHECK(ask(fork, "+") == step + 1);
+    ends_well(fork);
+  }
+};
+
+std::vector<std::string> machine(const std::string& backing = "anonymous") {
+  return {"--mem", "64M", "--mem-backing", backing, "--name", "source", "--cmdline", "mib=8"};
+}
+
+}  // namespace
+
+TEST_CASE("each link of a chain of five holds its own memory") {
+  for (const std::string backing : {"anonymous", "memfd"}) {
+    CAPTURE(backing);
+    const Stage stage;
+    VmmProcess source("changes", machine(backing));
+    REQUIRE(source.wait_for("ready\n"));
+    stage.fails(stage.snapshot("early", "source"), "this VM has no snapshot yet: take a full one first");
+    CHECK(stage.ask(source, "+") == 1);
+    stage.succeeds(stage.snapshot("link1", "source", false));
+    for (unsigned step = 2; step <= 6; ++step) {
+      CHECK(stage.ask(source, "+") == step);
+      const VmmResult kept = stage.command(stage.snapshot("link" + std::to_string(step), "source"));
+      CHECK(kept.errors == "");
+      CHECK(kept.output.find(" changed since link" + std::to_string(step - 1) + ", 64M of memory") !=
+            std::string::npos);
+    }
+    CHECK(stage.ask(source, "+") == 7);
+    for (unsigned step = 1; step <= 6; ++step) stage.holds("link" + std::to_string(step), step);
+    // Of a fork there is no snapshot yet.
+    VmmProcess fork(stage.with_store({"fork", "--template", "link6", "--name", "fork"}));
+    CHECK(stage.ask(fork) == 6);
+    stage.fails(stage.snapshot("other", "fork"), "this VM has no snapshot yet: take a full one first");
+    stage.succeeds(stage.snapshot("branch1", "fork", false));
+    CHECK(stage.ask(fork, "+") == 7);
+    stage.succeeds(stage.snapshot("branch2", "fork"));
+    stage.holds("branch2", 7);
+    stage.ends_well(fork);
+    stage.succeeds({"snapshot", "verify", "link6"});
+    stage.ends_well(source);
+  }
+}
+
+TEST_CASE("an incremental snapshot has what changed, much or next to nothing") {
+  const Stage stage;
+  // A step changes 9 MiB: too much to be copied in the pause.
+  VmmProcess source("changes", {"--mem", "128M", "--name", "source", "--cmdline", "mib=64"});
+  REQUIRE(source.wait_for("ready\n"));
+  const auto stored_bytes = [&](const std::string& name) {
+    uint64_t bytes = 0;
+    struct stat status {};
+    for (const char* file : {"/memory", "/state"}) {
+      REQUIRE(::stat((stage.store + "/" + name + file).c_str(), &status) == 0);
+      bytes += static_cast<uint64_t>(status.st_blocks) * 512;
+    }
+    return bytes;
+  };
+  stage.succeeds(stage.snapshot("base", "source", false));
+  stage.succeeds(stage.snapshot("idle", "source"));
+  CHECK(stored_bytes("idle") <= 200 << 10);
+  CHECK(stage.ask(source, "+") == 1);
+  stage.succeeds(stage.snapshot("changed", "source"));
+  CHECK(stored_bytes("changed") > 7 << 20);
+  CHECK(stored_bytes("changed") < 12 << 20);
+  stage.succeeds(stage.snapshot("idle-again", "source"));
+  CHECK(stored_bytes("idle-again") <= 200 << 10);
+  stage.holds("idle", 0);
+  stage.holds("idle-again", 1);
+  // The machine itself is forked whole all the same.
+  VmmProcess fork({"fork", "--from", "source"});
+  CHECK(stage.ask(fork, "+") == 2);
+  for (VmmProcess* vm : {&source, &fork}) stage.ends_well(*vm);
+}
+
+TEST_CASE("an incremental snapshot needs the one before it, that very one") {
+  const Stage stage;
+  VmmProcess source("changes", machine());
+  REQUIRE(source.wait_for("ready\n"));
+  stage.succeeds(stage.snapshot("base", "source", false));
+  VmmProcess other(stage.with_store({"fork", "--template", "base", "--name", "other"}));
+  CHECK(stage.ask(other) == 0);
+  stage.succeeds({"template", "rm", "base"});
+  CHECK(stage.ask(source, "+") == 1);
+  stage.fails(stage.snapshot("next", "source"), "last snapshot 'base' is not there any more: take a full one");
+  stage.succeeds(stage.snapshot("base", "other", false));
+  stage.fails(stage.snapshot("next", "source"), "last snapshot 'base' was replaced by another one: take a full one");
+  CHECK(!fs::exists(stage.store + "/next"));
+  // A full one is a new beginning.
+  stage.succeeds(stage.snapshot("next", "source", false));
+  CHECK(stage.ask(source, "+") == 2);
+  stage.succeeds(stage.snapshot("last", "source"));
+  stage.holds("next", 1);
+  stage.holds("last", 2);
+  for (VmmProcess* vm : {&source, &other}) stage.ends_well(*vm);
+}
+
+TEST_CASE("what a snapshot that failed would have held is in the next one") {
+  if (::geteuid() != 0) return;
+  Stage stage;
+  const std::string disk = stage.dir.path() + "/disk";
+  fs::create_directory(disk);
+  REQUIRE(::mount("tmpfs", disk.c_str(), "tmpfs", 0, "size=16M,mode=0700") == 0);
+  {
+    stage.store = disk + "/store";
+    VmmProcess source("changes", machine());
+    REQUIRE(source.wait_for("ready\n"));
+    stage.succeeds(stage.snapshot("base", "source", false));
+    CHECK(stage.ask(source, "+") == 1);
+    {
+      std::ofstream filler(disk + "/filler", std::ios::binary);
+      while (filler.write(std::string(65536, 'x').data(), 65536).flush()) {
+      }
+    }
+    stage.fails(stage.snapshot("full", "source"), "No space left on device");
+    stage.fails(stage.snapshot("full", "source", false), "No space left on device");
+    CHECK(!fs::exists(stage.store + "/full"));
+    fs::remove(disk + "/filler");
+    CHECK(stage.ask(source, "+") == 2);
+    stage.succeeds(stage.snapshot("next", "source"));
+    stage.holds("base", 0);
+    stage.holds("next", 2);
+    stage.ends_well(source);
+  }
+  CHECK(::umount2(disk.c_str(), MNT_DETACH) == 0);
+}
+
+TEST_CASE("a chain becomes one full snapshot, and goes elsewhere as a file") {
+  const Stage stage;
+  const std::string file = stage.dir.path() + "/file";
+  VmmProcess source("changes", machine());
+  REQUIRE(source.wait_for("ready\n"));
+  stage.succeeds(stage.snapshot("base", "source", false));
+  for (const char* name : {"one", "two"}) {
+    (void)stage.ask(source, "+");
+    stage.succeeds(stage.snapshot(name, "source"));
+  }
+  stage.succeeds({"snapshot", "flatten", "two", "flat"});
+  stage.succeeds({"template", "export", "two", file});
+  stage.fails({"template", "export", "two", file}, "is there already");
+  for (const char* name : {"two", "one", "base"}) stage.succeeds({"template", "rm", name});
+  stage.holds("flat", 2);
+  stage.succeeds({"template", "import", file});
+  stage.holds("two", 2);
+  stage.succeeds({"template", "import", file, "--name", "again"});
+  stage.succeeds({"template", "verify", "again"});
+  // The source's last snapshot is there again, and no other than before.
+  CHECK(stage.ask(source, "+") == 3);
+  stage.succeeds(stage.snapshot("three", "source"));
+  stage.holds("three", 3);
+  stage.ends_well(source);
+}
