@@ -4,9 +4,10 @@
 root_image <<'END'
 event=$(grep -l 'Power Button' /sys/class/input/event*/device/name | head -n 1)
 event=${event%/device/name}
+exec 3</dev/input/${event##*/} # what is pressed before it is open is lost
 echo listening
 # struct input_event: 16 bytes of time, type, code, value; EV_KEY 1, KEY_POWER 116, pressed
-key=$(dd if=/dev/input/${event##*/} bs=24 count=1 2>/dev/null | tail -c 8 | hexdump -e '2/2 "%d." 1/4 "%d"')
+key=$(dd bs=24 count=1 <&3 2>/dev/null | tail -c 8 | hexdump -e '2/2 "%d." 1/4 "%d"')
 echo "key: $key"
 case $(cat /proc/cmdline) in *ignore*) sleep 1000 ;; esac
 END
