@@ -67,7 +67,6 @@ ExitCode fork_command(const Arguments& arguments) {
   auto* origins = app.add_option_group("Origin");
   origins->add_option("--template,-t", name, "A template, as `clone template list` names it.")->type_name("NAME");
   origins->add_option("--from", vm, "A VM that runs and goes on, by name, id or process id.")->type_name("VM");
-  origins->require_option(1);
   add_store_option(app, store);
   app.add_option("--count", count, "Start so many, NAME-1, NAME-2, … without a console here, and wait for them all.")
       ->type_name("N")
@@ -76,6 +75,7 @@ ExitCode fork_command(const Arguments& arguments) {
     if (is_setting_of_forks(setting)) add_setting(app, setting, options.settings);
   add_start_options(app, options);
   if (const Parsed parsed = parse_settings(app, arguments, *catalogue); parsed.done) return parsed.code;
+  if (name.empty() == vm.empty()) return fail(Error{"give one of --template NAME and --from VM"}, ExitCode::usage);
   apply_verbosity(options);
 
   PluginLibrary library(*catalogue);
