@@ -71,8 +71,7 @@ Result<void> inspect(const SnapshotBackend& backend, const std::string& name, bo
   const auto extents = TRY(image.extents());
   uint64_t stored_bytes = 0;
   for (const MemoryExtent& extent : extents) stored_bytes += extent.size_bytes;
-  const auto profile = TRY(sections.get(kCoreSections, "profile", 1));
-  const std::string_view settings(reinterpret_cast<const char*>(profile.data()), profile.size());
+  const std::string_view settings = TRY(saved_profile(sections));
   if (as_json) {
     json::array rows;
     for (const auto& [key, section] : sections.all())

@@ -11,6 +11,7 @@
 
 #include "memory/guest_memory.hpp"
 #include "memory/usage.hpp"
+#include "snapshot/backend.hpp"
 
 namespace vmm {
 namespace {
@@ -18,7 +19,6 @@ namespace {
 namespace json = boost::json;
 
 constexpr char kDigits[] = "0123456789abcdef";
-constexpr uint64_t kPieceBytes = 4 << 20;
 
 std::string hex_of(std::span<const std::byte> bytes) {
   std::string text;
@@ -98,7 +98,7 @@ Result<void> copy_memory(const GuestMemory& memory, int file) {
   const auto is_zero = [](std::span<const std::byte> bytes) {
     return std::memcmp(bytes.data(), zeroes, kPageSize) == 0;
   };
-  return memory.visit_contents(kPieceBytes, [&](uint64_t offset, std::span<const std::byte> bytes) -> Result<void> {
+  return memory.visit_contents(kSnapshotPieceBytes, [&](uint64_t offset, std::span<const std::byte> bytes) -> Result<void> {
     while (!bytes.empty()) {
       // Pages of zeroes stay holes; the others are written up to the next of those.
       size_t count = 0;

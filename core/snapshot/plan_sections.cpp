@@ -29,8 +29,12 @@ Result<void> describe_plan(const CheckedPlan& plan, Sections& sections) {
   return sections.put(kCoreSections, kFolder, kVersion, std::as_bytes(std::span(folder)));
 }
 
+Result<std::string_view> saved_profile(const Sections& sections) {
+  return as_text(TRY(sections.get(kCoreSections, kProfile, kVersion)));
+}
+
 Result<std::vector<GivenSetting>> saved_settings(const Sections& sections, const std::vector<Setting>& settings) {
-  const auto profile = as_text(TRY(sections.get(kCoreSections, kProfile, kVersion)));
+  const auto profile = TRY(saved_profile(sections));
   const auto folder = as_text(TRY(sections.get(kCoreSections, kFolder, kVersion)));
   auto given = TRY(parse_profile(std::string(profile), "the snapshot's profile", std::string(folder), settings));
   std::erase_if(given, [](const GivenSetting& one) { return one.setting->name == "name"; });

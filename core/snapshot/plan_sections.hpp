@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "plan/plan.hpp"
@@ -18,6 +19,8 @@ inline constexpr const char* kDefaultSnapshotBackend = "file";
 // Sections of the owner "core".
 Result<void> describe_plan(const CheckedPlan& plan, Sections& sections);
 
+// The profile of the saved machine; it lies in the sections.
+Result<std::string_view> saved_profile(const Sections& sections);
 // The settings of the saved machine, without its name. Relative paths start from where it was started.
 Result<std::vector<GivenSetting>> saved_settings(const Sections& sections, const std::vector<Setting>& settings);
 

@@ -206,4 +206,24 @@ std::vector<std::byte> encode_tables(const State& state) {
   return tables;
 }
 
+Result<void> NewSections::add(State& state, std::string_view owner, std::string_view tag, uint32_t version,
+                              std::span<const std::byte> data) {
+  CLONE_TRY(check_word("a section's owner", owner));
+  CLONE_TRY(check_word("a section's tag", tag));
+  SectionKey key(owner, tag);
+  const std::string name = "section " + key.first + "/" + key.second;
+  if (state.sections.contains(key)) return Error{name + " is written a second time; allowed is once"};
+  if (state.sections.size() == kMostSections)
+    return Error{name + " would be number " + std::to_string(kMostSections + 1) + "; allowed are " +
+                 std::to_string(kMostSections)};
+  if (data.size() > kMostSectionBytes - size_bytes_)
+    return Error{name + " has " + std::to_string(data.size()) + " bytes; of the " + std::to_string(kMostSectionBytes) +
+                 " that all may have together, " + std::to_string(kMostSectionBytes - size_bytes_) +
+                 " are left"};
+  const auto& kept = bytes_.emplace_back(data.begin(), data.end());
+  size_bytes_ += kept.size();
+  state.sections.emplace(std::move(key), Section{version, sha256(kept), kept});
+  return {};
+}
+
 }  // namespace snapshot_file

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <list>
 #include <map>
 #include <span>
 #include <string>
@@ -79,6 +80,18 @@ using SectionKey = std::pair<std::string, std::string>;  // owner, tag
 struct State : Header {
   std::map<SectionKey, Section> sections;  // in the file in this order
   std::vector<Extent> extents;             // ascending, apart, whole pages inside the memory
+};
+
+// The sections of a state while it is written, within the bounds in which it can be read again.
+class NewSections {
+ public:
+  // A word for each of owner and tag; both together once.
+  Result<void> add(State& state, std::string_view owner, std::string_view tag, uint32_t version,
+                   std::span<const std::byte> data);
+
+ private:
+  std::list<std::vector<std::byte>> bytes_;  // the state's sections lie in them
+  uint64_t size_bytes_ = 0;
 };
 
 Result<void> check_name(std::string_view what, std::string_view name);

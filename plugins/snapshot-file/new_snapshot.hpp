@@ -3,7 +3,6 @@
 #pragma once
 
 #include <atomic>
-#include <list>
 #include <memory>
 #include <string>
 #include <vector>
@@ -61,8 +60,7 @@ class NewSnapshot final : public clone_sdk::SnapshotImage {
   Fd memory_;
   PageSet pages_;
   State state_;
-  std::list<std::vector<std::byte>> section_bytes_;  // state_'s sections lie in them
-  uint64_t sections_size_bytes_ = 0;
+  NewSections sections_;
   uint64_t most_extents_ = kMostExtents;
   std::atomic<Phase> phase_ = Phase::writing;
 };

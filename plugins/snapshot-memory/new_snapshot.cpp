@@ -105,22 +105,7 @@ Result<void> NewSnapshot::write(uint64_t memory_offset, std::span<const std::byt
 Result<void> NewSnapshot::write_section(std::string_view owner, std::string_view tag, uint32_t version,
                                         std::span<const std::byte> data) {
   CLONE_TRY(check_writing());
-  CLONE_TRY(check_word("a section's owner", owner));
-  CLONE_TRY(check_word("a section's tag", tag));
-  SectionKey key(owner, tag);
-  const std::string name = "section " + key.first + "/" + key.second;
-  if (state_.sections.contains(key)) return Error{name + " is written a second time; allowed is once"};
-  if (state_.sections.size() == kMostSections)
-    return Error{name + " would be number " + std::to_string(kMostSections + 1) + "; allowed are " +
-                 std::to_string(kMostSections)};
-  if (data.size() > kMostSectionBytes - sections_size_bytes_)
-    return Error{name + " has " + std::to_string(data.size()) + " bytes; of the " + std::to_string(kMostSectionBytes) +
-                 " that all may have together, " + std::to_string(kMostSectionBytes - sections_size_bytes_) +
-                 " are left"};
-  const auto& kept = section_bytes_.emplace_back(data.begin(), data.end());
-  sections_size_bytes_ += kept.size();
-  state_.sections.emplace(std::move(key), Section{version, sha256(kept), kept});
-  return {};
+  return sections_.add(state_, owner, tag, version, data);
 }
 
 Result<void> NewSnapshot::commit() {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <atomic>
-#include <list>
 #include <memory>
 #include <string>
 #include <vector>
@@ -37,8 +36,7 @@ class NewSnapshot final : public clone_sdk::SnapshotImage {
   Fd program_;  // the keeper's
   Fd memory_;
   snapshot_file::State state_;
-  std::list<std::vector<std::byte>> section_bytes_;  // state_'s sections lie in them
-  uint64_t sections_size_bytes_ = 0;
+  snapshot_file::NewSections sections_;
   std::atomic<Phase> phase_ = Phase::writing;
 };
 
