@@ -18,11 +18,9 @@
 #include <random>
 #include <thread>
 
-#include "fake_host.hpp"
-#include "plugin/library.hpp"
-#include "plugin/options.hpp"
 #include "scratch_dir.hpp"
 #include "snapshot-file/format.hpp"
+#include "snapshot_backend_rig.hpp"
 #include "tests/fuzz/snapshot_seal.hpp"
 
 using namespace vmm;
@@ -36,6 +34,7 @@ constexpr uint64_t kPage = 4096;
 constexpr uint64_t kPages = 64;
 constexpr uint64_t kMemory = kPages * kPage;
 using Bytes = std::vector<std::byte>;
+constexpr char kBackend[] = "file";
 
 std::string text(const Bytes& bytes) { return {reinterpret_cast<const char*>(bytes.data()), bytes.size()}; }
 Bytes bytes(std::string_view text) {
@@ -52,59 +51,10 @@ void replace(const std::string& path, const Bytes& with) {
 }
 
 // The backend's table over one store; each call keeps its error text in `error`.
-class Backend {
+class Backend : public SnapshotBackendRig<kBackend> {
  public:
   explicit Backend(const std::string& store) : Backend(KeyValues{{"store", store}}) {}
-  explicit Backend(const KeyValues& options) {
-    const auto values = OptionValues::check(type().descriptor, options).value();
-    REQUIRE_MESSAGE(call([&](clone_err* err) {
-                      return table().create(host_.handle("file"), &values.raw(), &backend_, err);
-                    }) == CLONE_OK,
-                    error);
-  }
-  Backend(const Backend&) = delete;
-  ~Backend() { table().destroy(backend_); }
-
-  static const clone_snapshot_backend_type& table() { return type().table; }
-  FakeHost& host() { return host_; }
-
-  template <typename Call>
-  clone_status call(Call&& body) {
-    clone_err err{sizeof err, 0, {}};
-    const clone_status answer = body(&err);
-    error = err.message;
-    code = err.code;
-    return answer;
-  }
-  void* begin(const char* name, const char* parent = nullptr, uint64_t memory_bytes = kMemory) {
-    void* image = nullptr;
-    status = call([&](clone_err* err) { return table().begin(backend_, name, parent, memory_bytes, &image, err); });
-    return image;
-  }
-  void* open(const char* name) {
-    void* image = nullptr;
-    status = call([&](clone_err* err) { return table().open(backend_, name, &image, err); });
-    return image;
-  }
-  bool write(void* image, uint64_t offset, const Bytes& data) {
-    return call([&](clone_err* err) { return table().write_memory(image, offset, data.data(), data.size(), err); }) ==
-           CLONE_OK;
-  }
-  bool section(void* image, const char* owner, const char* tag, const Bytes& data, uint32_t version = 1) {
-    return call([&](clone_err* err) {
-             return table().write_section(image, owner, tag, version, data.data(), data.size(), err);
-           }) == CLONE_OK;
-  }
-  bool commit(void* image) {
-    return call([&](clone_err* err) { return table().commit(image, err); }) == CLONE_OK;
-  }
-  bool verify(void* image) {
-    return call([&](clone_err* err) { return table().verify(image, err); }) == CLONE_OK;
-  }
-  bool remove(const char* name) {
-    return call([&](clone_err* err) { return table().remove(backend_, name, err); }) == CLONE_OK;
-  }
-  static void close(void* image) { table().close(image); }
+  explicit Backend(const KeyValues& options) : SnapshotBackendRig(options) {}
 
   // "NAME" or "NAME<PARENT" each.
   std::string list() {
@@ -154,21 +104,6 @@ class Backend {
     close(image);
     return sound ? "" : error;
   }
-
-  std::string error;
-  int code = 0;
-  clone_status status = CLONE_OK;
-
- private:
-  static const BackendType& type() {
-    static const auto catalogue = Catalogue::scan({CLONE_TEST_PLUGIN_DIR}, PluginTrust::any);
-    static PluginLibrary library(*catalogue);
-    static const BackendType found = library.snapshot_backend("file").value();
-    return found;
-  }
-
-  FakeHost host_;
-  void* backend_ = nullptr;
 };
 
 struct Store {

@@ -21,11 +21,9 @@
 #include <iterator>
 #include <thread>
 
-#include "fake_host.hpp"
-#include "plugin/library.hpp"
-#include "plugin/options.hpp"
 #include "scratch_dir.hpp"
 #include "snapshot-file/format.hpp"
+#include "snapshot_backend_rig.hpp"
 #include "tests/fuzz/snapshot_seal.hpp"
 #include "util/fd.hpp"
 
@@ -39,6 +37,7 @@ namespace {
 constexpr uint64_t kPage = 4096;
 constexpr uint64_t kMemory = 64 * kPage;
 using Bytes = std::vector<std::byte>;
+constexpr char kBackend[] = "memory";
 
 Bytes bytes(std::string_view text) {
   const auto* data = reinterpret_cast<const std::byte*>(text.data());
@@ -48,57 +47,9 @@ Bytes page_of(uint8_t with, uint64_t count = 1) { return Bytes(count * kPage, st
 bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 // The backend's table over one store; each call keeps its error text in `error`.
-class Backend {
+class Backend : public SnapshotBackendRig<kBackend> {
  public:
-  explicit Backend(const KeyValues& options) {
-    const auto values = OptionValues::check(type().descriptor, options).value();
-    REQUIRE_MESSAGE(call([&](clone_err* err) {
-                      return table().create(host_.handle("memory"), &values.raw(), &backend_, err);
-                    }) == CLONE_OK,
-                    error);
-  }
-  Backend(const Backend&) = delete;
-  ~Backend() { table().destroy(backend_); }
-
-  static const clone_snapshot_backend_type& table() { return type().table; }
-  FakeHost& host() { return host_; }
-
-  template <typename Call>
-  clone_status call(Call&& body) {
-    clone_err err{sizeof err, 0, {}};
-    status = body(&err);
-    error = err.message;
-    return status;
-  }
-  void* begin(const char* name, const char* parent = nullptr, uint64_t memory_bytes = kMemory) {
-    void* image = nullptr;
-    call([&](clone_err* err) { return table().begin(backend_, name, parent, memory_bytes, &image, err); });
-    return image;
-  }
-  void* open(const char* name) {
-    void* image = nullptr;
-    call([&](clone_err* err) { return table().open(backend_, name, &image, err); });
-    return image;
-  }
-  bool write(void* image, uint64_t offset, const Bytes& data) {
-    return call([&](clone_err* err) { return table().write_memory(image, offset, data.data(), data.size(), err); }) ==
-           CLONE_OK;
-  }
-  bool section(void* image, const char* owner, const char* tag, const Bytes& data, uint32_t version = 1) {
-    return call([&](clone_err* err) {
-             return table().write_section(image, owner, tag, version, data.data(), data.size(), err);
-           }) == CLONE_OK;
-  }
-  bool commit(void* image) {
-    return call([&](clone_err* err) { return table().commit(image, err); }) == CLONE_OK;
-  }
-  bool verify(void* image) {
-    return call([&](clone_err* err) { return table().verify(image, err); }) == CLONE_OK;
-  }
-  bool remove(const char* name) {
-    return call([&](clone_err* err) { return table().remove(backend_, name, err); }) == CLONE_OK;
-  }
-  static void close(void* image) { table().close(image); }
+  explicit Backend(const KeyValues& options) : SnapshotBackendRig(options) {}
 
   std::vector<std::string> list(uint64_t* stored_bytes = nullptr) {
     struct Found {
@@ -166,20 +117,6 @@ class Backend {
     close(image);
     return sound ? "" : error;
   }
-
-  std::string error;
-  clone_status status = CLONE_OK;
-
- private:
-  static const BackendType& type() {
-    static const auto catalogue = Catalogue::scan({CLONE_TEST_PLUGIN_DIR}, PluginTrust::any);
-    static PluginLibrary library(*catalogue);
-    static const BackendType found = library.snapshot_backend("memory").value();
-    return found;
-  }
-
-  FakeHost host_;
-  void* backend_ = nullptr;
 };
 
 sockaddr_un address_of(const std::string& path) {
