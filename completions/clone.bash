@@ -9,7 +9,7 @@ _clone_options() { # COMMAND: its options
         --rootfs --block --overlay --cid --vsock --plugin-dir --allow-insecure-plugins --dry-run --timing --verbose --quiet
       ;;
     fork)
-      echo --template --from --count --backend --store --ksm --no-reboot --grace --name --no-control --overlay --plugin-dir \
+      echo --template --from --count --prepare --backend --store --ksm --no-reboot --grace --name --no-control --overlay --plugin-dir \
         --allow-insecure-plugins --timing --verbose --quiet
       ;;
     snapshot) echo --vm-id --name --incremental --backend --store --stop ;;
@@ -101,7 +101,7 @@ _clone() {
       _clone_offer_files -f
       ;;
     run:--cmdline | run:--init | run:--mem | run:--mem-mb | run:--vcpus | run:--grace | run:--name | run:--balloon | run:--cid) ;;
-    fork:--grace | fork:--name | fork:--count | snapshot:--name | snapshot:-n | 'template import':--name | 'template import':-n) ;;
+    fork:--grace | fork:--name | fork:--count | fork:--prepare | snapshot:--name | snapshot:-n | 'template import':--name | 'template import':-n) ;;
     stop:--grace | exec:--user | exec:-u | exec:--workdir | exec:-w | exec:--env | exec:-e | exec:--timeout | cp:--timeout) ;;
     'plugin check':--with | 'plugin check':--time-limit | 'rootfs create':--size | 'rootfs create':--hostname) ;;
     'rootfs create':--from-docker | 'rootfs create':--release | 'rootfs create':--mirror | 'rootfs create':--package) ;;

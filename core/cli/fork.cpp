@@ -3,23 +3,72 @@
 #include <sys/stat.h>
 
 #include <CLI/CLI.hpp>
+#include <filesystem>
 #include <optional>
 
 #include "cli/command.hpp"
 #include "cli/machine_options.hpp"
 #include "cli/many.hpp"
+#include "cli/pool.hpp"
 #include "cli/template_option.hpp"
 #include "cli/vm_option.hpp"
 #include "snapshot/backend.hpp"
 #include "snapshot/handover.hpp"
 #include "snapshot/plan_sections.hpp"
 #include "vm/session.hpp"
+#include "vm/shell.hpp"
 
 namespace vmm {
 namespace {
 
 // Copying the memory of a machine that has no file for it takes its time.
 constexpr auto kHandoverLimit = std::chrono::minutes(10);
+constexpr unsigned kMostInPool = 1000;
+
+// What the command line says.
+struct ForkOptions {
+  StartOptions start;
+  TemplateStore store;
+  std::string name, vm;
+  unsigned count = 1;
+  std::optional<unsigned> prepare;
+};
+
+void add_origin_options(CLI::App& app, ForkOptions& options) {
+  auto* origins = app.add_option_group("Origin");
+  origins->add_option("--template,-t", options.name, "A template, as `clone template list` names it.")
+      ->type_name("NAME");
+  origins->add_option("--from", options.vm, "A VM that runs and goes on, by name, id or process id.")->type_name("VM");
+  add_store_option(app, options.store);
+  app.add_option("--count", options.count,
+                 "Start so many, NAME-1, NAME-2, … without a console here, and wait for them all.")
+      ->type_name("N")
+      ->check(CLI::Range(1u, 1000u));
+  app.add_option("--prepare", options.prepare,
+                 "Start none, but keep so many ready in the background: the next forks of this template take them and "
+                 "begin sooner. 0 ends that.")
+      ->type_name("N")
+      ->check(CLI::Range(0u, kMostInPool));
+}
+
+PoolKey key_of(const ForkOptions& options) { return {options.store, options.name, options.start.plugins}; }
+
+// Whom a pool can serve: one fork of a template. What else is asked for, and whether it makes sense, its member says.
+std::optional<ExitCode> take_from_pool(const Arguments& arguments) {
+  ForkOptions options;
+  CLI::App app;
+  app.set_help_flag();
+  app.allow_extras();
+  add_origin_options(app, options);
+  add_plugin_options(app, options.start.plugins);
+  try {
+    app.parse(std::vector(arguments.rbegin(), arguments.rend()));
+  } catch (const CLI::Error&) {
+    return std::nullopt;
+  }
+  if (options.name.empty() || !options.vm.empty() || options.count > 1 || options.prepare) return std::nullopt;
+  return fork_from_pool(key_of(options), arguments);
+}
 
 // A machine's state, and what its memory's descriptors belong to.
 struct Origin {
@@ -49,71 +98,153 @@ Result<void> from_machine(const std::string& vm, Origin& origin) {
   return {};
 }
 
-}  // namespace
+// Forks of one origin, with one set of plugins.
+class Forks {
+ public:
+  explicit Forks(Catalogue catalogue)
+      : catalogue_(std::move(catalogue)), settings_(all_settings(catalogue_)), library_(catalogue_) {}
 
-ExitCode fork_command(const Arguments& arguments) {
-  Timing timing;
-  auto catalogue = scan_plugins(early_plugin_paths(arguments));
-  if (!catalogue.ok()) return fail(catalogue.error());
-  const std::vector<Setting> settings = all_settings(*catalogue);
+  Parsed parse(const Arguments& arguments, ForkOptions& options) const;
+  Result<void> open(const ForkOptions& options);
+  // The shell is begun at once, and made while the plan is.
+  ExitCode start(const ForkOptions& options, Timing& timing, ShellAhead& shell, int waiting = -1);
+  ExitCode start_several(const ForkOptions& options, Timing& timing);
+  ExitCode keep_ready(const ForkOptions& options);
 
-  StartOptions options;
-  TemplateStore store;
-  std::string name, vm;
-  unsigned count = 1;
+ private:
+  Result<Plan> plan_of(const ForkOptions& options) const;
+  bool is_current(const std::string& name) const;
+
+  Catalogue catalogue_;
+  std::vector<Setting> settings_;
+  PluginLibrary library_;
+  std::unique_ptr<SnapshotBackend> backend_;  // lasts longer than the image
+  Origin origin_;
+};
+
+Parsed Forks::parse(const Arguments& arguments, ForkOptions& options) const {
   CLI::App app(
       "Start a virtual machine from where another stood: clone fork --template NAME | --from VM [OPTIONS]",
       "clone fork");
-  auto* origins = app.add_option_group("Origin");
-  origins->add_option("--template,-t", name, "A template, as `clone template list` names it.")->type_name("NAME");
-  origins->add_option("--from", vm, "A VM that runs and goes on, by name, id or process id.")->type_name("VM");
-  add_store_option(app, store);
-  app.add_option("--count", count, "Start so many, NAME-1, NAME-2, … without a console here, and wait for them all.")
-      ->type_name("N")
-      ->check(CLI::Range(1u, 1000u));
-  for (const Setting& setting : settings)
-    if (is_setting_of_forks(setting)) add_setting(app, setting, options.settings);
-  add_start_options(app, options);
-  if (const Parsed parsed = parse_settings(app, arguments, *catalogue); parsed.done) return parsed.code;
-  if (name.empty() == vm.empty()) return fail(Error{"give one of --template NAME and --from VM"}, ExitCode::usage);
-  apply_verbosity(options);
+  add_origin_options(app, options);
+  for (const Setting& setting : settings_)
+    if (is_setting_of_forks(setting)) add_setting(app, setting, options.start.settings);
+  add_start_options(app, options.start);
+  if (const Parsed parsed = parse_settings(app, arguments, catalogue_); parsed.done) return parsed;
+  const auto wrong = [](const char* message) { return Parsed{true, fail(Error{message}, ExitCode::usage)}; };
+  if (options.name.empty() == options.vm.empty()) return wrong("give one of --template NAME and --from VM");
+  if (options.prepare && options.name.empty()) return wrong("--prepare is for a template: give --template NAME");
+  if (options.prepare && options.count > 1) return wrong("--prepare starts no fork: leave --count out");
+  apply_verbosity(options.start);
+  return {};
+}
 
-  PluginLibrary library(*catalogue);
-  std::unique_ptr<SnapshotBackend> backend;  // lasts longer than its image
-  Origin origin;
-  if (name.empty()) {
-    if (const auto taken = from_machine(vm, origin); !taken.ok()) return fail(taken.error());
-  } else {
-    auto opened = open_store(library, store);
-    if (!opened.ok()) return fail(opened.error());
-    backend = std::move(*opened);
-    if (const auto taken = from_template(*backend, name, origin); !taken.ok()) return fail(taken.error());
-  }
-  timing.mark(name.empty() ? "state of the other machine" : "template");
+Result<void> Forks::open(const ForkOptions& options) {
+  if (options.name.empty()) return from_machine(options.vm, origin_);
+  backend_ = TRY(open_store(library_, options.store));
+  return from_template(*backend_, options.name, origin_);
+}
 
-  auto profile = saved_settings(origin.saved.sections, settings);
-  if (!profile.ok()) return fail(profile.error());
-  auto plan = make_plan(*profile, options.settings);
+Result<Plan> Forks::plan_of(const ForkOptions& options) const {
+  const auto profile = TRY(saved_settings(origin_.saved.sections, settings_));
+  Plan plan = TRY(make_plan(profile, options.start.settings));
+  plan.complete = true;  // the guest knows of no others
+  return plan;
+}
+
+// Its name may be another template's by now.
+bool Forks::is_current(const std::string& name) const {
+  auto image = backend_->open(name);
+  const auto sections = image.ok() ? image->sections() : image.error();
+  return sections.ok() && *sections == origin_.saved.sections;
+}
+
+ExitCode Forks::start(const ForkOptions& options, Timing& timing, ShellAhead& shell, int waiting) {
+  const auto plan = plan_of(options);
   if (!plan.ok()) return fail(plan.error(), ExitCode::usage);
-  plan->complete = true;  // the guest knows of no others
   timing.mark("plan");
-  auto checked = check_plan(*plan, library);
+  shell.fill(plan->memory, plan->vcpus, origin_.saved);
+  const auto checked = check_plan(*plan, library_);
   if (!checked.ok()) return fail(checked.error(), ExitCode::usage);
   timing.mark("plugins");
-  const auto run = [&] {
-    Session session(*checked, library, timing, options.timing ? TimingReport::print : TimingReport::none,
-                    &origin.saved);
-    return exit_code_of(session.run());
-  };
-  if (count == 1) return run();
+  origin_.saved.shell = &shell;
+  Session session(*checked, library_, timing, options.start.timing ? TimingReport::print : TimingReport::none,
+                  &origin_.saved);
+  session.waits_for_it(waiting);
+  return exit_code_of(session.run());
+}
+
+ExitCode Forks::start_several(const ForkOptions& options, Timing& timing) {
+  // Read once by this process, so that the others find it read.
+  const auto plan = plan_of(options);
+  const auto checked = plan.ok() ? check_plan(*plan, library_) : plan.error();
+  if (!checked.ok()) return fail(checked.error(), ExitCode::usage);
   const std::string given = checked->plan.name;
   const auto name_of = [&](unsigned number) {
     return (given.empty() ? "fork" : given) + "-" + std::to_string(number);
   };
-  return start_many(count, name_of, [&](unsigned number) {
-    if (!given.empty()) checked->plan.name = name_of(number);
-    return run();
+  return start_many(options.count, name_of, [&](unsigned number) {
+    CheckedPlan own = *checked;
+    if (!given.empty()) own.plan.name = name_of(number);
+    Session session(own, library_, timing, options.start.timing ? TimingReport::print : TimingReport::none,
+                    &origin_.saved);
+    return exit_code_of(session.run());
   });
+}
+
+// Each member makes a whole shell, memory and all. What it does for a client is the rest, with the client's options.
+ExitCode Forks::keep_ready(const ForkOptions& options) {
+  const auto plan = plan_of({});
+  const auto checked = plan.ok() ? check_plan(*plan, library_) : plan.error();
+  if (!checked.ok()) return fail(checked.error());
+  std::optional<Shell> shell;
+  const PoolMember member{
+      [&]() -> Result<void> {
+        shell = TRY(Shell::create());
+        TRY(shell->fill(plan->memory, plan->vcpus, origin_.saved));
+        return shell->set_slots();
+      },
+      [&] { return is_current(options.name); },
+      [&](const Arguments& arguments, int waiting) {
+        Timing timing;
+        ForkOptions own;
+        if (const Parsed parsed = parse(arguments, own); parsed.done) return parsed.code;
+        ShellAhead made(std::move(*shell));
+        return start(own, timing, made, waiting);
+      }};
+  const auto keeper = start_pool(key_of(options), *options.prepare, member);
+  if (!keeper.ok()) return fail(keeper.error());
+  std::printf("%u of '%s' ready, kept by process %d\n", *options.prepare, options.name.c_str(), *keeper);
+  return ExitCode::success;
+}
+
+}  // namespace
+
+ExitCode fork_command(const Arguments& arguments) {
+  if (const auto code = take_from_pool(arguments)) return *code;
+  Timing timing;
+  auto catalogue = scan_plugins(early_plugin_paths(arguments));
+  if (!catalogue.ok()) return fail(catalogue.error());
+  Forks forks(std::move(*catalogue));
+  ForkOptions options;
+  if (const Parsed parsed = forks.parse(arguments, options); parsed.done) return parsed.code;
+  if (options.prepare == 0) {
+    const auto ended = end_pool(key_of(options));
+    if (!ended.ok()) return fail(ended.error());
+    std::printf(*ended ? "none of '%s' kept ready any more\n" : "none of '%s' was kept ready\n", options.name.c_str());
+    return ExitCode::success;
+  }
+  timing.mark("options");
+  // Who keeps others ready outlives the folder it was started in.
+  if (options.prepare && !options.store.folder.empty())
+    options.store.folder = std::filesystem::absolute(options.store.folder).string();
+  // No threads before other processes are made.
+  std::optional<ShellAhead> shell;
+  if (options.count == 1 && !options.prepare) shell.emplace();
+  if (const auto opened = forks.open(options); !opened.ok()) return fail(opened.error());
+  timing.mark(options.name.empty() ? "state of the other machine" : "template");
+  if (options.prepare) return forks.keep_ready(options);
+  return shell ? forks.start(options, timing, *shell) : forks.start_several(options, timing);
 }
 
 }  // namespace vmm

@@ -205,10 +205,12 @@ Result<std::string> runtime_root() {
   return Error{"no place for the VM's sockets: set XDG_RUNTIME_DIR, HOME or CLONE_RUNTIME_DIR"};
 }
 
+Result<Fd> open_runtime_root() { return open_root(TRY(runtime_root())).context("runtime directory"); }
+
 Result<InstanceDirectory> InstanceDirectory::create(std::string name, uint32_t vcpus, uint64_t memory_bytes) {
   if (!name.empty()) TRY(check_name(name));
   const std::string root_path = TRY(runtime_root());
-  Fd root = TRY(open_root(root_path).context("runtime directory"));
+  Fd root = TRY(open_runtime_root());
   const Fd lock = TRY(lock_root(root.get()).context("runtime directory " + root_path));
   clear_stale(root.get());
   const std::vector<InstanceRecord> live = live_in(root_path, root.get());

@@ -27,6 +27,8 @@ struct InstanceRecord {
 
 // Where the directories of VMs are: CLONE_RUNTIME_DIR; /run/clone for root; $XDG_RUNTIME_DIR/clone; ~/.clone/run.
 Result<std::string> runtime_root();
+// It, made when it is not there. An error when others could write to it.
+Result<Fd> open_runtime_root();
 
 // A VM's own directory, from its making to its removal.
 class InstanceDirectory {

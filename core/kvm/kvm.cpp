@@ -123,6 +123,12 @@ Result<void> KvmVm::set_memory_slot(uint32_t slot, const GuestMemory::Region& re
 
 Result<void> KvmVm::remove_memory_slot(uint32_t slot) { return set_memory_slot(slot, {}); }
 
+// The share and the minimum are KVM's: arch/x86/include/asm/kvm_host.h, KVM_PERMILLE_MMU_PAGES, KVM_MIN_ALLOC_MMU_PAGES.
+Result<void> KvmVm::reserve_shadow_pages(uint64_t guest_pages) const {
+  const uint64_t pages = std::max<uint64_t>(guest_pages * 20 / 1000, 64);
+  return ignore_value(KVM_CALL(fd_.get(), KVM_SET_NR_MMU_PAGES, pages));
+}
+
 Result<std::vector<uint64_t>> KvmVm::dirty_log(uint32_t slot, uint64_t page_count) const {
   std::vector<uint64_t> bitmap((page_count + 63) / 64);
   kvm_dirty_log request{};

@@ -80,6 +80,8 @@ class KvmVm {
   // them.
   Result<void> set_memory_slot(uint32_t slot, const GuestMemory::Region& region, uint32_t flags = 0);
   Result<void> remove_memory_slot(uint32_t slot);
+  // As many as KVM itself allows once its slots have so many pages; it does not adapt them to later slots any more.
+  Result<void> reserve_shadow_pages(uint64_t guest_pages) const;
   // The pages written since the log was last cleared, a bit each. Where dirty_log_is_manual(), reading leaves them
   // marked until clear_dirty_log(), to be called before a page is copied; otherwise reading clears.
   Result<std::vector<uint64_t>> dirty_log(uint32_t slot, uint64_t page_count) const;

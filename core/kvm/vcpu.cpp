@@ -17,6 +17,7 @@ namespace {
 
 constexpr size_t kXsaveBytes = sizeof(kvm_xsave);  // of the old KVM_GET_XSAVE
 constexpr size_t kCpuidEntriesMax = 256;
+constexpr uint32_t kPvEoiMsr = 0x4b564d04;
 
 // The ioctls behind get() and set().
 template <typename State>
@@ -112,7 +113,7 @@ std::string msr_name(uint32_t index) {
       {0x4b564d01, "MSR_KVM_SYSTEM_TIME_NEW"},
       {0x4b564d02, "MSR_KVM_ASYNC_PF_EN"},
       {0x4b564d03, "MSR_KVM_STEAL_TIME"},
-      {0x4b564d04, "MSR_KVM_PV_EOI_EN"},
+      {kPvEoiMsr, "MSR_KVM_PV_EOI_EN"},
       {0x4b564d05, "MSR_KVM_POLL_CONTROL"},
       {0x4b564d06, "MSR_KVM_ASYNC_PF_INT"},
       {0x4b564d07, "MSR_KVM_ASYNC_PF_ACK"},
@@ -257,6 +258,18 @@ Result<uint32_t> KvmVcpu::tsc_khz() const {
 Result<void> KvmVcpu::set_tsc_khz(uint32_t khz) const {
   TRY(KVM_CALL(fd_.get(), KVM_SET_TSC_KHZ, static_cast<unsigned long>(khz)));
   return {};
+}
+
+// The page for paravirtual ends of interrupts has to be in a slot when it is announced.
+bool KvmVcpu::reaches(GuestAddress page) const {
+  constexpr uint64_t enabled = 1;
+  FlexibleStruct<kvm_msrs, kvm_msr_entry> list(1);
+  list->nmsrs = 1;
+  const auto announce = [&](uint64_t value) {
+    list.entries()[0] = {kPvEoiMsr, 0, value};
+    return ::ioctl(fd_.get(), KVM_SET_MSRS, list.get()) == 1;
+  };
+  return announce(page.value | enabled) && announce(0);
 }
 
 void KvmVcpu::tell_paused() const { ::ioctl(fd_.get(), KVM_KVMCLOCK_CTRL, 0); }

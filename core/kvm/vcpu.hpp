@@ -53,6 +53,8 @@ class KvmVcpu {
 
   Result<uint32_t> tsc_khz() const;
   Result<void> set_tsc_khz(uint32_t khz) const;
+  // Whether KVM shows this vCPU memory at this address. Before it runs: an MSR of KVM's own is 0 afterwards.
+  bool reaches(GuestAddress page) const;
   // Tells the guest's kvmclock that the vCPU stood still, so that no watchdog barks. Does nothing without kvmclock.
   void tell_paused() const;
 

@@ -155,13 +155,12 @@ uint64_t saved_tsc(std::span<const kvm_msr_entry> msrs) {
 }
 
 // KVM takes a time stamp that is within a second of what it expects as one to be kept in step with that, and what it
-// expects of new vCPUs is a machine that has just begun. So a young machine's counters are first set far away.
-Result<void> leave_first_second(VcpuPointers vcpus, const Sections& sections, uint32_t tsc_khz) {
-  const uint64_t second = uint64_t{tsc_khz} * 1000;
+// expects of these vCPUs counts from when they were made. So their counters are first set far away from the saved ones.
+Result<void> leave_own_time(VcpuPointers vcpus, const Sections& sections, uint64_t tsc_counts, uint32_t tsc_khz) {
   const auto msrs =
       TRY(sections.get_list<kvm_msr_entry>(kOwner, vcpu_tag(vcpus.front()->id(), "msrs"), kVersion));
-  if (saved_tsc(msrs) > 4 * second) return {};
-  const kvm_msr_entry far_away{kTscMsr, 0, 1000 * second};
+  const uint64_t hour = uint64_t{tsc_khz} * 1000 * 3600;
+  const kvm_msr_entry far_away{kTscMsr, 0, saved_tsc(msrs) + tsc_counts + hour};
   for (const KvmVcpu* vcpu : vcpus) TRY(vcpu->set_msrs({&far_away, 1}));
   return {};
 }
@@ -264,7 +263,8 @@ Result<void> load_kvm(const KvmVm& vm, VcpuPointers vcpus, const Sections& secti
   kvm_clock_data clock{};
   clock.clock = time.guest_ns + passed_ns;
   TRY(vm.set_clock(clock));
-  TRY(leave_first_second(vcpus, sections, time.tsc_khz));
+  const uint64_t passed_counts = counts(passed_ns, time.tsc_khz);
+  TRY(leave_own_time(vcpus, sections, passed_counts, time.tsc_khz));
 
   for (KvmVcpu* vcpu : vcpus) {
     const uint32_t id = vcpu->id();
@@ -278,7 +278,7 @@ Result<void> load_kvm(const KvmVm& vm, VcpuPointers vcpus, const Sections& secti
     TRY(load_part<kvm_debugregs>(*vcpu, "debug-registers", sections));
     // The local APIC before the registers that its timer needs.
     TRY(load_part<kvm_lapic_state>(*vcpu, "lapic", sections));
-    TRY(load_msrs(*vcpu, sections, counts(passed_ns, time.tsc_khz)));
+    TRY(load_msrs(*vcpu, sections, passed_counts));
     TRY(load_part<kvm_vcpu_events>(*vcpu, "events", sections));
     vcpu->tell_paused();
   }

@@ -21,8 +21,9 @@ Result<void> save_kvm(const Kvm& kvm, const KvmVm& vm, VcpuPointers vcpus, Secti
 Result<std::vector<KvmVcpu>> create_saved_vcpus(const Kvm& kvm, const KvmVm& vm, uint32_t count,
                                                 const Sections& sections);
 
-// After create_saved_vcpus(), before the first of them runs. Time stamp counters and the clock go on by what time has
-// passed since, by the host's real time: the guest's clocks are right, and never run backwards.
+// After create_saved_vcpus(), before the first of them runs, when they can reach memory. Time stamp counters and the
+// clock go on by what time has passed since, by the host's real time: the guest's clocks are right, and never run
+// backwards.
 Result<void> load_kvm(const KvmVm& vm, VcpuPointers vcpus, const Sections& sections);
 
 // The names of what `needed` has and `present` lacks, e.g. "AVX2": features only, and the parts of the XSAVE area.

@@ -28,6 +28,7 @@ class Sections {
   struct Section {
     uint32_t version = 0;
     std::vector<std::byte> bytes;
+    bool operator==(const Section&) const = default;
   };
   using Key = std::pair<std::string, std::string>;  // owner, tag
 
@@ -66,6 +67,7 @@ class Sections {
 
   bool has(std::string_view owner) const;
   const std::map<Key, Section>& all() const { return all_; }
+  bool operator==(const Sections&) const = default;
 
  private:
   static Error wrong_size(std::string_view owner, std::string_view tag, size_t size_bytes, size_t unit_bytes);

@@ -66,6 +66,7 @@ Result<std::unique_ptr<Machine>> Machine::create(const CheckedPlan& plan, const 
 Machine::~Machine() {
   *alive_ = false;
   vcpus_.reset();
+  slots_.reset();
   if (vm_) vm_->close();
   destroy_instances();
 }
@@ -80,37 +81,37 @@ Result<void> Machine::boot(Timing& timing) {
   // Copying the kernel and the kernel's own work for KVM's memory slots take milliseconds each: side by side.
   Result<void> loaded;
   Thread loader = TRY(spawn_thread("clone-load", [&] { loaded = load_kernel(kernel); }));
-  TRY(make_kvm(timing));
+  Shell shell = TRY(Shell::create());
+  take_kvm(shell);
+  TRY(kvm_->check_vcpu_count(plan_.plan.vcpus));
+  timing.mark("kvm");
   TRY(make_devices());
   timing.mark("devices");
+  slots_ = TRY(SlotSetter::start(*vm_, *memory_));
   loader.join();
   TRY(std::move(loaded));
   timing.mark("kernel load (rest)");
   return prepare_boot(kernel.image(), timing);
 }
 
-Result<void> Machine::make_kvm(Timing& timing) {
-  kvm_ = TRY(Kvm::open());
-  TRY(kvm_->check_vcpu_count(plan_.plan.vcpus));
-  vm_ = TRY(KvmVm::create(*kvm_));
-  timing.mark("kvm");
-  TRY(vm_->create_irqchip());
+void Machine::take_kvm(Shell& shell) {
+  kvm_ = std::move(shell.kvm);
+  vm_ = std::move(shell.vm);
   gsi_routing_.emplace(*vm_);
-  timing.mark("irq");
-  for (uint32_t slot = 0; slot < memory_->regions().size(); ++slot)
-    TRY(vm_->set_memory_slot(slot, memory_->regions()[slot]));
-  timing.mark("memory slots");
-  return {};
 }
 
 Result<void> Machine::restore(Timing& timing) {
-  memory_ = TRY(GuestMemory::restore(plan_.plan.memory, saved_->memory));
-  timing.mark("memory");
-  TRY(make_kvm(timing));
+  Shell shell = TRY(saved_->shell ? saved_->shell->take() : Shell::create());
+  timing.mark("kvm");
+  if (!shell.memory) TRY(shell.fill(plan_.plan.memory, plan_.plan.vcpus, *saved_));
+  timing.mark("memory, vcpus");
+  take_kvm(shell);
+  memory_ = std::move(shell.memory);
+  make_vcpus(std::move(shell.vcpus));
   TRY(make_devices());
   timing.mark("devices");
-  auto vcpus = TRY(create_saved_vcpus(*kvm_, *vm_, plan_.plan.vcpus, saved_->sections));
-  timing.mark("vcpus");
+  // Behind the devices, because what they register with KVM waits for slots that are being set.
+  if (!shell.has_slots) slots_ = TRY(SlotSetter::start(*vm_, *memory_));
   std::set<std::string, std::less<>> owners = {kCoreSections, kKvmSections, kPolicySections};
   for (const Instance& instance : instances_) {
     const SectionReader reader(saved_->sections, instance.host.name());
@@ -124,7 +125,8 @@ Result<void> Machine::restore(Timing& timing) {
       return Error{"section " + key.first + "/" + key.second + ": this machine has no " + key.first, 0,
                    CLONE_ERR_CORRUPT};
   timing.mark("device state");
-  make_vcpus(std::move(vcpus));
+  if (slots_) TRY(slots_->wait_for(vcpus_->vcpu(0)));
+  timing.mark("memory slots (rest)");
   TRY(load_kvm(*vm_, vcpu_pointers(), saved_->sections));
   timing.mark("kvm state");
   return {};
@@ -254,8 +256,10 @@ Result<void> Machine::prepare_boot(const KernelImage& image, Timing& timing) {
 
   auto vcpus = TRY(create_vcpus(*kvm_, *vm_, {plan_.plan.vcpus}));
   TRY(vcpus.front().apply_entry(entry));
-  make_vcpus(std::move(vcpus));
   timing.mark("vcpus");
+  TRY(slots_->wait_for(vcpus.front()));
+  timing.mark("memory slots (rest)");
+  make_vcpus(std::move(vcpus));
   return {};
 }
 

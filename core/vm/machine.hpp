@@ -32,17 +32,12 @@
 #include "snapshot/sections.hpp"
 #include "util/result.hpp"
 #include "vm/reclaim.hpp"
+#include "vm/shell.hpp"
 #include "vm/timing.hpp"
 
 namespace vmm {
 
 enum class Ending { power_off, reset, crashed, kvm_failed, stopped };
-
-// What a machine starts from that does not boot. The files behind the extents do not change while it lives.
-struct SavedMachine {
-  Sections sections;
-  std::vector<MemoryExtent> memory;
-};
 
 // What one device or transport claimed; all of it is given back when the instance goes.
 struct Instance : HostContext {
@@ -148,7 +143,7 @@ class Machine {
 
   Result<void> boot(Timing& timing);
   Result<void> restore(Timing& timing);
-  Result<void> make_kvm(Timing& timing);
+  void take_kvm(Shell& shell);
   void make_vcpus(std::vector<KvmVcpu> vcpus);
   std::vector<KvmVcpu*> vcpu_pointers();
   Result<void> make_devices();
@@ -177,6 +172,7 @@ class Machine {
   std::optional<GuestMemory> memory_;
   std::optional<Kvm> kvm_;
   std::optional<KvmVm> vm_;
+  std::unique_ptr<SlotSetter> slots_;
   std::optional<GsiRouting> gsi_routing_;
   Bus pio_{BusSpace::pio};
   Bus mmio_{BusSpace::mmio};

@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
+#include <sys/socket.h>
 
 #include <algorithm>
 #include <boost/json.hpp>
@@ -72,13 +73,15 @@ class Run {
  public:
   Run(const CheckedPlan& plan, PluginLibrary& library, EventLoop& loop) : plan_(plan), library_(library), loop_(loop) {}
 
-  Result<Ending> run(Timing& timing, TimingReport report, const SavedMachine* saved);
+  Result<Ending> run(Timing& timing, TimingReport report, const SavedMachine* saved, int waiting);
 
  private:
   Result<void> offer_control();
   Result<void> add_methods();
   void end(Ending how, const std::string& detail);
   void on_signal();
+  void on_waiting(int socket);
+  void ask_or_stop();
   void ask_to_stop(std::chrono::milliseconds grace);
   Result<void> pause();
   void resume();
@@ -239,11 +242,21 @@ void Run::resume() {
 }
 
 void Run::on_signal() {
-  while (signals_.take())
-    if (requests_ > 0)
-      return end(Ending::stopped, "");
-    else
-      ask_to_stop(std::chrono::milliseconds(plan_.plan.grace_ms));
+  while (signals_.take()) ask_or_stop();
+}
+
+void Run::on_waiting(int socket) {
+  char byte;
+  const ssize_t got = ::recv(socket, &byte, 1, MSG_DONTWAIT);
+  if (got > 0) return ask_or_stop();
+  if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
+  loop_.remove_fd(socket);
+  end(Ending::stopped, "");
+}
+
+void Run::ask_or_stop() {
+  if (requests_ > 0) return end(Ending::stopped, "");
+  ask_to_stop(std::chrono::milliseconds(plan_.plan.grace_ms));
 }
 
 // The guest is asked once; who asks again may shorten its time.
@@ -263,8 +276,9 @@ void Run::ask_to_stop(std::chrono::milliseconds grace) {
   }
 }
 
-Result<Ending> Run::run(Timing& first_timing, TimingReport report, const SavedMachine* saved) {
+Result<Ending> Run::run(Timing& first_timing, TimingReport report, const SavedMachine* saved, int waiting) {
   TRY(offer_control());
+  if (waiting >= 0) TRY(loop_.add_fd(waiting, CLONE_READABLE, [this, waiting](uint32_t) { on_waiting(waiting); }));
   TRY(loop_.add_fd(signals_.fd(), CLONE_READABLE, [this](uint32_t) { on_signal(); }));
   for (bool first = true;; first = false) {
     Timing again;
@@ -311,7 +325,7 @@ Result<Ending> Session::run() {
   ::signal(SIGPIPE, SIG_IGN);
   ::signal(SIGXFSZ, SIG_IGN);  // a file size limit (ulimit -f) is an I/O error of one disk
   const auto loop = TRY(EventLoop::create());
-  return Run(plan_, library_, *loop).run(timing_, report_, saved_);
+  return Run(plan_, library_, *loop).run(timing_, report_, saved_, waiting_);
 }
 
 }  // namespace vmm

@@ -18,6 +18,9 @@ class Session {
           const SavedMachine* saved = nullptr)
       : plan_(plan), library_(library), timing_(timing), report_(report), saved_(saved) {}
 
+  // A socket of who waits for the machine elsewhere: a byte from there is a signal to stop, its end stops the machine.
+  void waits_for_it(int socket) { waiting_ = socket; }
+
   // An error: the machine could not start. Everything is put back when this returns.
   Result<Ending> run();
 
@@ -27,6 +30,7 @@ class Session {
   Timing& timing_;
   TimingReport report_;
   const SavedMachine* saved_;
+  int waiting_ = -1;
 };
 
 }  // namespace vmm

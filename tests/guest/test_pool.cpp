@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forks from a pool: begun before anybody asked, and the asker's own in every other way.
+#include <doctest/doctest.h>
+#include <signal.h>
+
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <set>
+#include <thread>
+
+#include "scratch_dir.hpp"
+#include "vmm_process.hpp"
+
+namespace {
+
+using namespace std::chrono_literals;
+
+bool comes_true(const std::function<bool()>& condition) {
+  const auto end = std::chrono::steady_clock::now() + 20s;
+  while (!condition()) {
+    if (std::chrono::steady_clock::now() > end) return false;
+    std::this_thread::sleep_for(10ms);
+  }
+  return true;
+}
+
+// Process and parent from /proc/PID/stat, of all that run and are no zombies.
+std::set<int> children_of(int parent) {
+  std::set<int> children;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
+    std::ifstream file(entry.path() / "stat");
+    std::string text;
+    std::getline(file, text);
+    int process = 0, of = 0;
+    char state = 'Z';
+    const size_t name_end = text.rfind(')');
+    if (name_end == std::string::npos || std::sscanf(text.c_str(), "%d", &process) != 1 ||
+        std::sscanf(text.c_str() + name_end + 1, " %c %d", &state, &of) != 2)
+      continue;
+    if (of == parent && state != 'Z') children.insert(process);
+  }
+  return children;
+}
+
+bool runs(int process) {
+  std::ifstream file("/proc/" + std::to_string(process) + "/stat");
+  std::string text;
+  std::getline(file, text);
+  const size_t name_end = text.rfind(')');
+  return name_end != std::string::npos && text.substr(name_end + 2, 1) != "Z";
+}
+
+// A template of the program `identity`, in a store and a runtime folder of its own.
+class Pool {
+ public:
+  Pool() {
+    ::setenv("CLONE_RUNTIME_DIR", (dir_.path() + "/run").c_str(), 1);
+    make_template();
+  }
+  ~Pool() {
+    prepare(0);
+    ::unsetenv("CLONE_RUNTIME_DIR");
+  }
+
+  void make_template() {
+    VmmProcess source("identity", {"--mem", "64M", "--name", "source"});
+    REQUIRE(source.wait_for("ready\n"));
+    const VmmResult kept = run_command({"snapshot", "--name", "base", "--store", store(), "--stop", "source"});
+    CHECK(kept.errors == "");
+    REQUIRE(kept.status == 0);
+    source.finish();
+  }
+
+  std::vector<std::string> fork(std::vector<std::string> more = {}) const {
+    more.insert(more.begin(), {"fork", "--template", "base", "--store", store()});
+    return more;
+  }
+  VmmResult prepare(int count) const { return run_command(fork({"--prepare", std::to_string(count)})); }
+  // The keeper's process.
+  int start(int count) const {
+    const VmmResult result = prepare(count);
+    CHECK(result.errors == "");
+    REQUIRE(result.status == 0);
+    const size_t word = result.output.rfind(' ');
+    REQUIRE(word != std::string::npos);
+    return std::stoi(result.output.substr(word));
+  }
+  std::string store() const { return dir_.path() + "/store"; }
+  bool has_socket() const {
+    for (const auto& entry : std::filesystem::directory_iterator(dir_.path() + "/run"))
+      if (entry.path().extension() == ".sock") return true;
+    return false;
+  }
+
+ private:
+  ScratchDir dir_;
+};
+
+std::string identity_of(VmmProcess& vm) {
+  vm.type("?");
+  std::string line;
+  REQUIRE(vm.wait_for_line("id ", line));
+  return line;
+}
+
+void end_well(VmmProcess& vm) {
+  vm.type(".");
+  const VmmResult result = vm.finish();
+  CHECK(result.output.ends_with("done\n"));
+  CHECK(result.errors == "");
+  CHECK(result.status == 0);
+}
+
+}  // namespace
+
+TEST_CASE("pool: a fork is one of those kept ready, and another takes its place") {
+  const Pool pool;
+  const int keeper = pool.start(2);
+  const std::set<int> before = children_of(keeper);
+  CHECK(before.size() == 2);
+
+  VmmProcess one(pool.fork({"--name", "one"})), two(pool.fork({"--name", "two"}));
+  const std::string first = identity_of(one), second = identity_of(two);
+  CHECK(first.find("generation 2") != std::string::npos);
+  CHECK(first.find("name 'one'") != std::string::npos);
+  CHECK(second.find("name 'two'") != std::string::npos);
+  CHECK(first.substr(0, first.find("generation")) != second.substr(0, second.find("generation")));
+  // Those that were ready are the machines now; two more stand ready.
+  const auto refilled = [&] { return children_of(keeper).size() == 4; };
+  CHECK(comes_true(refilled));
+  const VmmResult list = run_command({"list", "--json"});
+  unsigned found = 0;
+  for (const int process : before) found += list.output.find("\"pid\":" + std::to_string(process)) != std::string::npos;
+  CHECK_MESSAGE(found == 2, list.output);
+
+  // The pool's end is not theirs.
+  CHECK(pool.prepare(0).output == "none of 'base' kept ready any more\n");
+  CHECK_FALSE(pool.has_socket());
+  const auto only_machines = [&] { return !runs(keeper); };
+  CHECK(comes_true(only_machines));
+  CHECK(identity_of(one) == first);
+  VmmProcess alone(pool.fork({"--name", "alone"}));
+  CHECK(identity_of(alone).find("name 'alone'") != std::string::npos);
+  for (VmmProcess* vm : {&one, &two, &alone}) end_well(*vm);
+  for (const int process : before) {
+    const auto gone = [&] { return !runs(process); };
+    CHECK(comes_true(gone));
+  }
+  CHECK(pool.prepare(0).output == "none of 'base' was kept ready\n");
+}
+
+TEST_CASE("pool: more forks than are ready wait for the next, or begin by themselves") {
+  const Pool pool;
+  pool.start(1);
+  std::vector<std::unique_ptr<VmmProcess>> forks;
+  for (int i = 0; i < 6; ++i) forks.push_back(std::make_unique<VmmProcess>(pool.fork()));
+  std::set<std::string> ids;
+  for (auto& fork : forks) ids.insert(identity_of(*fork));
+  CHECK(ids.size() == forks.size());
+  for (auto& fork : forks) end_well(*fork);
+}
+
+TEST_CASE("pool: signals, the asker's death and mistakes reach whom they concern") {
+  const Pool pool;
+  const int keeper = pool.start(1);
+  const auto ready = [&] { return children_of(keeper).size() == 1; };
+
+  const VmmResult wrong = run_command(pool.fork({"--no-such-flag"}));
+  CHECK(wrong.status == 2);
+  CHECK(wrong.errors.find("--no-such-flag") != std::string::npos);
+  const VmmResult help = run_command(pool.fork({"--help"}));
+  CHECK(help.status == 0);
+  CHECK(help.output.find("--prepare") != std::string::npos);
+  CHECK(comes_true(ready));
+
+  // The program has no power button: the second signal ends it.
+  VmmProcess stopped(pool.fork({"--grace", "60"}));
+  identity_of(stopped);
+  stopped.signal(SIGTERM);
+  stopped.signal(SIGINT);
+  CHECK(stopped.finish().status == 6);
+  CHECK(comes_true(ready));
+
+  const std::set<int> next = children_of(keeper);
+  {
+    VmmProcess killed(pool.fork());
+    identity_of(killed);
+    killed.signal(SIGKILL);
+    CHECK(killed.finish().status == 128 + SIGKILL);
+  }
+  for (const int process : next) {
+    const auto gone = [&] { return !runs(process); };
+    CHECK(comes_true(gone));
+  }
+  CHECK(comes_true(ready));
+
+  // Without its keeper a pool is gone, and forks begin by themselves.
+  const std::set<int> last = children_of(keeper);
+  ::kill(keeper, SIGKILL);
+  for (const int process : last) {
+    const auto gone = [&] { return !runs(process); };
+    CHECK(comes_true(gone));
+  }
+  VmmProcess alone(pool.fork());
+  identity_of(alone);
+  end_well(alone);
+  CHECK(pool.prepare(0).output == "none of 'base' was kept ready\n");
+}
+
+TEST_CASE("pool: a new template of that name is what is forked, and ends the pool") {
+  const Pool pool;
+  const int keeper = pool.start(2);
+  REQUIRE(run_command({"template", "rm", "base", "--store", pool.store()}).status == 0);
+  const VmmResult gone = run_command(pool.fork());
+  CHECK(gone.status == 1);
+  CHECK(gone.errors.find("base") != std::string::npos);
+  const auto ended = [&] { return !runs(keeper) && !pool.has_socket(); };
+  CHECK(comes_true(ended));
+}
