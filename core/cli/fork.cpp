@@ -70,6 +70,39 @@ std::optional<ExitCode> take_from_pool(const Arguments& arguments) {
   return fork_from_pool(key_of(options), arguments);
 }
 
+// The options of `clone fork` with these plugins, for one command line.
+class ForkParser {
+ public:
+  ForkParser(const Catalogue& catalogue, const std::vector<Setting>& settings);
+  ForkParser(const ForkParser&) = delete;
+  ForkParser& operator=(const ForkParser&) = delete;
+
+  Parsed parse(const Arguments& arguments);
+  ForkOptions options;
+
+ private:
+  const Catalogue& catalogue_;
+  CLI::App app_{"Start a virtual machine from where another stood: clone fork --template NAME | --from VM [OPTIONS]",
+                "clone fork"};
+};
+
+ForkParser::ForkParser(const Catalogue& catalogue, const std::vector<Setting>& settings) : catalogue_(catalogue) {
+  add_origin_options(app_, options);
+  for (const Setting& setting : settings)
+    if (is_setting_of_forks(setting)) add_setting(app_, setting, options.start.settings);
+  add_start_options(app_, options.start);
+}
+
+Parsed ForkParser::parse(const Arguments& arguments) {
+  if (const Parsed parsed = parse_settings(app_, arguments, catalogue_); parsed.done) return parsed;
+  const auto wrong = [](const char* message) { return Parsed{true, fail(Error{message}, ExitCode::usage)}; };
+  if (options.name.empty() == options.vm.empty()) return wrong("give one of --template NAME and --from VM");
+  if (options.prepare && options.name.empty()) return wrong("--prepare is for a template: give --template NAME");
+  if (options.prepare && options.count > 1) return wrong("--prepare starts no fork: leave --count out");
+  apply_verbosity(options.start);
+  return {};
+}
+
 // A machine's state, and what its memory's descriptors belong to.
 struct Origin {
   SavedMachine saved;
@@ -104,7 +137,7 @@ class Forks {
   explicit Forks(Catalogue catalogue)
       : catalogue_(std::move(catalogue)), settings_(all_settings(catalogue_)), library_(catalogue_) {}
 
-  Parsed parse(const Arguments& arguments, ForkOptions& options) const;
+  std::unique_ptr<ForkParser> parser() const { return std::make_unique<ForkParser>(catalogue_, settings_); }
   Result<void> open(const ForkOptions& options);
   // The shell is begun at once, and made while the plan is.
   ExitCode start(const ForkOptions& options, Timing& timing, ShellAhead& shell, int waiting = -1);
@@ -120,34 +153,22 @@ class Forks {
   PluginLibrary library_;
   std::unique_ptr<SnapshotBackend> backend_;  // lasts longer than the image
   Origin origin_;
+  std::vector<GivenSetting> profile_;
 };
 
-Parsed Forks::parse(const Arguments& arguments, ForkOptions& options) const {
-  CLI::App app(
-      "Start a virtual machine from where another stood: clone fork --template NAME | --from VM [OPTIONS]",
-      "clone fork");
-  add_origin_options(app, options);
-  for (const Setting& setting : settings_)
-    if (is_setting_of_forks(setting)) add_setting(app, setting, options.start.settings);
-  add_start_options(app, options.start);
-  if (const Parsed parsed = parse_settings(app, arguments, catalogue_); parsed.done) return parsed;
-  const auto wrong = [](const char* message) { return Parsed{true, fail(Error{message}, ExitCode::usage)}; };
-  if (options.name.empty() == options.vm.empty()) return wrong("give one of --template NAME and --from VM");
-  if (options.prepare && options.name.empty()) return wrong("--prepare is for a template: give --template NAME");
-  if (options.prepare && options.count > 1) return wrong("--prepare starts no fork: leave --count out");
-  apply_verbosity(options.start);
+Result<void> Forks::open(const ForkOptions& options) {
+  if (options.name.empty()) {
+    TRY(from_machine(options.vm, origin_));
+  } else {
+    backend_ = TRY(open_store(library_, options.store));
+    TRY(from_template(*backend_, options.name, origin_));
+  }
+  profile_ = TRY(saved_settings(origin_.saved.sections, settings_));
   return {};
 }
 
-Result<void> Forks::open(const ForkOptions& options) {
-  if (options.name.empty()) return from_machine(options.vm, origin_);
-  backend_ = TRY(open_store(library_, options.store));
-  return from_template(*backend_, options.name, origin_);
-}
-
 Result<Plan> Forks::plan_of(const ForkOptions& options) const {
-  const auto profile = TRY(saved_settings(origin_.saved.sections, settings_));
-  Plan plan = TRY(make_plan(profile, options.start.settings));
+  Plan plan = TRY(make_plan(profile_, options.start.settings));
   plan.complete = true;  // the guest knows of no others
   return plan;
 }
@@ -198,8 +219,10 @@ ExitCode Forks::keep_ready(const ForkOptions& options) {
   const auto checked = plan.ok() ? check_plan(*plan, library_) : plan.error();
   if (!checked.ok()) return fail(checked.error());
   std::optional<Shell> shell;
+  std::unique_ptr<ForkParser> parsed_by;
   const PoolMember member{
       [&]() -> Result<void> {
+        parsed_by = parser();
         shell = TRY(Shell::create());
         TRY(shell->fill(plan->memory, plan->vcpus, origin_.saved));
         return shell->set_slots();
@@ -207,10 +230,10 @@ ExitCode Forks::keep_ready(const ForkOptions& options) {
       [&] { return is_current(options.name); },
       [&](const Arguments& arguments, int waiting) {
         Timing timing;
-        ForkOptions own;
-        if (const Parsed parsed = parse(arguments, own); parsed.done) return parsed.code;
+        if (const Parsed parsed = parsed_by->parse(arguments); parsed.done) return parsed.code;
+        timing.mark("options");
         ShellAhead made(std::move(*shell));
-        return start(own, timing, made, waiting);
+        return start(parsed_by->options, timing, made, waiting);
       }};
   const auto keeper = start_pool(key_of(options), *options.prepare, member);
   if (!keeper.ok()) return fail(keeper.error());
@@ -226,8 +249,9 @@ ExitCode fork_command(const Arguments& arguments) {
   auto catalogue = scan_plugins(early_plugin_paths(arguments));
   if (!catalogue.ok()) return fail(catalogue.error());
   Forks forks(std::move(*catalogue));
-  ForkOptions options;
-  if (const Parsed parsed = forks.parse(arguments, options); parsed.done) return parsed.code;
+  const auto parser = forks.parser();
+  if (const Parsed parsed = parser->parse(arguments); parsed.done) return parsed.code;
+  ForkOptions& options = parser->options;
   if (options.prepare == 0) {
     const auto ended = end_pool(key_of(options));
     if (!ended.ok()) return fail(ended.error());
