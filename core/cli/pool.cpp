@@ -301,6 +301,7 @@ std::optional<Request> Keeper::next_request(Fd& client) {
 
 void Keeper::be_member(const Fd& news) {
   const auto tell = [&](News what) { return ::write(news.get(), &what, 1) == 1; };
+  ::signal(SIGPIPE, SIG_IGN);  // the keeper may be gone
   if (const auto prepared = member_.prepare(); !prepared.ok()) ::_exit(static_cast<int>(fail(prepared.error())));
   become_silent();
   tell(News::ready);
