@@ -51,8 +51,12 @@ Result<Copies> copy_pages(const GuestMemory& memory, const PageSet& pages) {
 constexpr const char* kIdTag = "snapshot-id";
 constexpr uint32_t kIdVersion = 1;
 
-// Nobody writes to it any more, whoever has it.
-void seal(int file) { ::fcntl(file, F_ADD_SEALS, F_SEAL_WRITE); }
+// Nobody writes to it any more, whoever has it: refused while another process has it mapped for that.
+Result<void> seal(int file) {
+  if (::fcntl(file, F_ADD_SEALS, F_SEAL_WRITE) == 0) return {};
+  if (errno == EBUSY) return Error{"another process can write to this VM's memory", EBUSY, CLONE_ERR_BUSY};
+  return errno_error("F_SEAL_WRITE");
+}
 
 }  // namespace
 
@@ -213,16 +217,15 @@ Result<void> Snapshots::fork(const json::object&, Reply& reply) {
       memory = Fd(::fcntl(own.memfd(), F_DUPFD_CLOEXEC, 0));
       if (!memory) return errno_error("the memory's descriptor");
       TRY(own.make_private());
-      seal(memory.get());
-      return {};
+      return seal(memory.get());
     }
     copied = true;
     const std::shared_ptr<Fd> file = std::make_shared<Fd>(TRY(make_memory_file(own)));
     return start(
         "fork", [&own, &file] { return copy_memory(own, file->get()); },
         [file, shared_reply, answer](Result<void> done) {
+          if (done.ok()) done = seal(file->get());
           if (!done.ok()) return (*shared_reply)->fail(done.error().message);
-          seal(file->get());
           (*shared_reply)->succeed(std::move(*answer), std::move(*file));
         },
         file->get());
