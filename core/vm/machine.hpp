@@ -42,6 +42,7 @@ enum class Ending { power_off, reset, crashed, kvm_failed, stopped };
 struct SavedMachine {
   Sections sections;
   std::vector<MemoryExtent> memory;
+  std::string template_name;  // as its backend knows it; empty: of a machine that runs
 };
 
 // What one device or transport claimed; all of it is given back when the instance goes.
