@@ -14,7 +14,7 @@ _clone_options() { # COMMAND: its options
       ;;
     snapshot) echo --vm-id --name --incremental --backend --store --stop ;;
     'template list' | 'template inspect') echo --json --backend --store --plugin-dir --allow-insecure-plugins ;;
-    'template verify' | 'template rm' | 'template flatten' | 'template export')
+    'template verify' | 'template rm' | 'template compress' | 'template decompress' | 'template flatten' | 'template export')
       echo --backend --store --plugin-dir --allow-insecure-plugins
       ;;
     'template import') echo --name --backend --store --plugin-dir --allow-insecure-plugins ;;
@@ -72,7 +72,7 @@ _clone() {
   for word in "${COMP_WORDS[@]:2:COMP_CWORD - 2}"; do
     case $command:$word in
       exec:--) return ;; # the guest's command is behind it
-      template:list | template:inspect | template:verify | template:rm | template:flatten | template:export | template:import | plugin:list | plugin:inspect | plugin:check | rootfs:create) command+=" $word" ;;
+      template:list | template:inspect | template:verify | template:rm | template:compress | template:decompress | template:flatten | template:export | template:import | plugin:list | plugin:inspect | plugin:check | rootfs:create) command+=" $word" ;;
     esac
   done
 
@@ -115,8 +115,8 @@ _clone() {
           for vm in $(_clone_vms "$program"); do _clone_offer "$vm:"; done
           compopt -o nospace 2>/dev/null
           ;;
-        template:*) _clone_offer "list inspect verify rm flatten export import" ;;
-        'template inspect':* | 'template verify':* | 'template rm':* | 'template flatten':*)
+        template:*) _clone_offer "list inspect verify rm compress decompress flatten export import" ;;
+        'template inspect':* | 'template verify':* | 'template rm':* | 'template compress':* | 'template decompress':* | 'template flatten':*)
           _clone_offer "$(_clone_templates "$program")"
           ;;
         'template export':*)

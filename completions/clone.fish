@@ -12,7 +12,7 @@ function __clone_command
             case 'exec --'
                 echo 'exec --'
                 return
-            case 'template list' 'template inspect' 'template verify' 'template rm' 'template flatten' 'template export' 'template import' 'plugin list' 'plugin inspect' 'plugin check' 'rootfs create'
+            case 'template list' 'template inspect' 'template verify' 'template rm' 'template compress' 'template decompress' 'template flatten' 'template export' 'template import' 'plugin list' 'plugin inspect' 'plugin check' 'rootfs create'
                 set command "$command $word"
         end
     end
@@ -96,15 +96,15 @@ complete -c clone -n '__clone_in run' -l dry-run -d 'Print the plan as a profile
 complete -c clone -n '__clone_in run fork' -l timing -d 'Print what each step of the start took'
 complete -c clone -n '__clone_in run fork' -l verbose -s v -d 'Tell more of what happens'
 complete -c clone -n '__clone_in run fork' -l quiet -s q -d 'Print errors only'
-complete -c clone -n '__clone_in run fork "template list" "template inspect" "template verify" "template rm" "template flatten" "template export" "template import" plugin "plugin list" "plugin inspect"' -l plugin-dir -xa '(__fish_complete_directories)' -d 'Look for plugins here first'
-complete -c clone -n '__clone_in run fork "template list" "template inspect" "template verify" "template rm" "template flatten" "template export" "template import" plugin "plugin list" "plugin inspect"' -l allow-insecure-plugins -d 'Load plugins that others could have written'
+complete -c clone -n '__clone_in run fork "template list" "template inspect" "template verify" "template rm" "template compress" "template decompress" "template flatten" "template export" "template import" plugin "plugin list" "plugin inspect"' -l plugin-dir -xa '(__fish_complete_directories)' -d 'Look for plugins here first'
+complete -c clone -n '__clone_in run fork "template list" "template inspect" "template verify" "template rm" "template compress" "template decompress" "template flatten" "template export" "template import" plugin "plugin list" "plugin inspect"' -l allow-insecure-plugins -d 'Load plugins that others could have written'
 
 complete -c clone -n '__clone_in fork' -l template -s t -xa '(__clone_templates)' -d 'A template'
 complete -c clone -n '__clone_in fork' -l from -xa '(__clone_vms)' -d 'A VM that runs and goes on'
 complete -c clone -n '__clone_in fork' -l count -x -d 'So many, each a process'
 complete -c clone -n '__clone_in fork' -l prepare -x -d 'Keep so many ready for later forks'
-complete -c clone -n '__clone_in fork snapshot "template list" "template inspect" "template verify" "template rm" "template flatten" "template export" "template import"' -l store -xa '(__fish_complete_directories)' -d 'Folder of the templates'
-complete -c clone -n '__clone_in fork snapshot "template list" "template inspect" "template verify" "template rm" "template flatten" "template export" "template import"' -l backend -xa 'file memory' -d 'What keeps the templates'
+complete -c clone -n '__clone_in fork snapshot "template list" "template inspect" "template verify" "template rm" "template compress" "template decompress" "template flatten" "template export" "template import"' -l store -xa '(__fish_complete_directories)' -d 'Folder of the templates'
+complete -c clone -n '__clone_in fork snapshot "template list" "template inspect" "template verify" "template rm" "template compress" "template decompress" "template flatten" "template export" "template import"' -l backend -xa 'file memory' -d 'What keeps the templates'
 complete -c clone -n '__clone_in snapshot "template import"' -l name -s n -x -d 'What the template is called'
 complete -c clone -n '__clone_in snapshot' -l incremental -d 'Keep what differs from the last snapshot'
 complete -c clone -n '__clone_in snapshot' -l stop -d 'End the VM when the template is written'
@@ -112,11 +112,13 @@ complete -c clone -n '__clone_in template' -a list -d 'The templates that there 
 complete -c clone -n '__clone_in template' -a inspect -d 'What is in a template'
 complete -c clone -n '__clone_in template' -a verify -d 'Check the sums of everything in a template'
 complete -c clone -n '__clone_in template' -a rm -d 'Remove a template'
+complete -c clone -n '__clone_in template' -a compress -d 'Keep a template compressed'
+complete -c clone -n '__clone_in template' -a decompress -d 'Keep a template as its forks map it'
 complete -c clone -n '__clone_in template' -a flatten -d 'Make a full template of one that is a difference to others'
 complete -c clone -n '__clone_in template' -a export -d 'Write a template to a file'
 complete -c clone -n '__clone_in template' -a import -d 'Make a template of an exported file'
 complete -c clone -n '__clone_in "template export" "template import"' -F
-complete -c clone -n '__clone_in "template inspect" "template verify" "template rm" "template flatten" "template export"' -a '(__clone_templates)'
+complete -c clone -n '__clone_in "template inspect" "template verify" "template rm" "template compress" "template decompress" "template flatten" "template export"' -a '(__clone_templates)'
 
 complete -c clone -n '__clone_in list' -l no-daemon -d 'Look at the VMs themselves'
 complete -c clone -n '__clone_in list status doctor "template list" "template inspect" "plugin list"' -l json -d 'As JSON'
@@ -168,4 +170,4 @@ complete -c clone -n '__clone_in "rootfs create"' -l mirror -x -d 'Where package
 complete -c clone -n '__clone_in "rootfs create"' -l package -x -d 'One more package'
 complete -c clone -n '__clone_in "rootfs create"' -l keys -rF -d 'Whose signatures count'
 
-complete -c clone -n '__clone_in run fork snapshot template "template list" "template inspect" "template verify" "template rm" "template flatten" "template export" "template import" list status attach logs stop pause resume metrics exec cp doctor plugin "plugin list" "plugin inspect" "plugin check" rootfs "rootfs create"' -l help -s h -d 'Print help'
+complete -c clone -n '__clone_in run fork snapshot template "template list" "template inspect" "template verify" "template rm" "template compress" "template decompress" "template flatten" "template export" "template import" list status attach logs stop pause resume metrics exec cp doctor plugin "plugin list" "plugin inspect" "plugin check" rootfs "rootfs create"' -l help -s h -d 'Print help'

@@ -114,6 +114,7 @@ Result<void> from_template(const SnapshotBackend& backend, const std::string& na
   origin.image.emplace(TRY(backend.open(name)));
   origin.saved.sections = TRY(origin.image->sections());
   origin.saved.memory = TRY(origin.image->extents());
+  origin.saved.template_name = name;
   return {};
 }
 

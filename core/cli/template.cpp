@@ -96,6 +96,20 @@ Result<void> inspect(const SnapshotBackend& backend, const std::string& name, bo
   return {};
 }
 
+Result<uint64_t> stored_bytes_of(const SnapshotBackend& backend, const std::string& name) {
+  const auto entries = TRY(backend.list());
+  const auto found = std::ranges::find(entries, name, &SnapshotBackend::Entry::name);
+  return found == entries.end() ? 0 : found->stored_bytes;
+}
+
+Result<void> set_compressed(const SnapshotBackend& backend, const std::string& name, bool on) {
+  const uint64_t before_bytes = TRY(stored_bytes_of(backend, name));
+  TRY(backend.set_compressed(name, on));
+  const uint64_t now_bytes = TRY(stored_bytes_of(backend, name));
+  std::printf("%s: %s, before %s\n", name.c_str(), size_text(now_bytes).c_str(), size_text(before_bytes).c_str());
+  return {};
+}
+
 }  // namespace
 
 void add_store_option(CLI::App& app, TemplateStore& store) {
@@ -124,7 +138,7 @@ ExitCode snapshot_command(const Arguments& arguments) {
   add_vm_option(app, vm);
   app.add_option("--name,-n", name, "What the template is called.")->type_name("NAME")->required();
   add_store_option(app, store);
-  app.add_flag("--incremental", incremental, "Keep only what differs from the VM's last snapshot, which it needs.");
+  app.add_flag("--incremental", incremental, "Keep only what differs from the VM's last snapshot, or from its template.");
   app.add_flag("--stop", stop, "End the VM when the template is written; it stands still until then.");
   if (const Parsed parsed = parse(app, arguments); parsed.done) return parsed.code;
   auto found = contact(vm);
@@ -166,6 +180,8 @@ ExitCode template_command(const Arguments& arguments) {
   CLI::App* remove_app = add("rm", "Remove a template. Machines that were forked from it go on.", true);
   CLI::App* flatten_app = add("flatten", "Make a full template of one that is a difference to others.", true);
   flatten_app->add_option("NEW", command.other, "What the full one is called.")->type_name("")->required();
+  CLI::App* compress_app = add("compress", "Keep a template compressed: less room, forks that start later.", true);
+  CLI::App* decompress_app = add("decompress", "Keep a template as its forks map it, as it was made.", true);
   CLI::App* export_app = add("export", "Write a template, whole, to a file that can go elsewhere.", true);
   export_app->add_option("FILE", command.other, "The file; one that is there is not replaced.")
       ->type_name("")
@@ -179,6 +195,8 @@ ExitCode template_command(const Arguments& arguments) {
     if (inspect_app->parsed()) return inspect(backend, command.name, command.as_json);
     if (remove_app->parsed()) return backend.remove(command.name);
     if (flatten_app->parsed()) return flatten_snapshot(backend, command.name, command.other);
+    if (compress_app->parsed()) return set_compressed(backend, command.name, true);
+    if (decompress_app->parsed()) return set_compressed(backend, command.name, false);
     if (export_app->parsed()) {
       const uint64_t size_bytes = TRY(export_snapshot(backend, command.name, command.other));
       std::printf("%s: %s\n", command.other.c_str(), size_text(size_bytes).c_str());

@@ -138,6 +138,10 @@ class GuestMemory {
   Result<void> visit_pages(const PageSet& pages, uint64_t most_bytes,
                            const std::function<Result<void>(uint64_t, std::span<const std::byte>)>& visit) const;
 
+  // Of restored memory: the pages that are, or may be, other than in the snapshot. Written to, given back to the host,
+  // or read rather than mapped. The vCPUs stand still.
+  Result<PageSet> changed_pages() const;
+
   // Gives whole pages back to the host; they read as zeroes afterwards, and are marked dirty. False, and nothing done,
   // unless the range is whole pages of one region. [any]
   [[nodiscard]] bool discard(GuestAddress start, uint64_t size_bytes);

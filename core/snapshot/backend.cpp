@@ -78,6 +78,17 @@ Result<void> SnapshotBackend::remove(const std::string& name) const {
   return {};
 }
 
+Result<void> SnapshotBackend::set_compressed(const std::string& name, bool on) const {
+  const auto* compression = static_cast<const clone_snapshot_compression*>(
+      type_.table.get_extension ? type_.table.get_extension(backend_, CLONE_SNAPSHOT_COMPRESSION) : nullptr);
+  if (!compression)
+    return Error{"the snapshot backend " + std::string(type_.descriptor.name) + " does not compress templates", 0,
+                 CLONE_ERR_UNSUPPORTED};
+  TRY(call("while a snapshot was compressed or decompressed",
+           [&](clone_err* err) { return compression->set_compressed(backend_, name.c_str(), on, err); }));
+  return {};
+}
+
 SnapshotImage::~SnapshotImage() {
   if (image_) backend_->type_.table.close(image_);
 }

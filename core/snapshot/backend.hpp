@@ -72,6 +72,8 @@ class SnapshotBackend {
   Result<SnapshotImage> open(const std::string& name) const;
   Result<std::vector<Entry>> list() const;
   Result<void> remove(const std::string& name) const;
+  // Where it lies. A backend that cannot is CLONE_ERR_UNSUPPORTED.
+  Result<void> set_compressed(const std::string& name, bool on) const;
 
  private:
   friend class SnapshotImage;

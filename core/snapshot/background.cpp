@@ -3,6 +3,8 @@
 #include "snapshot/background.hpp"
 
 #include <fcntl.h>
+#include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -20,8 +22,16 @@ void close_between(int first, int last) {
   if (first <= last) ::close_range(static_cast<unsigned>(first), static_cast<unsigned>(last), 0);
 }
 
-// Nothing of what the other process holds is touched: no destructors, no exit handlers.
-[[noreturn]] void be_the_child(int result, int keep, const std::function<Result<void>()>& work) {
+int wait_for(pid_t child) {
+  int status = 0;
+  while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {
+  }
+  return status;
+}
+
+// Nothing of what the other process holds is touched: no destructors, no exit handlers. It does not outlive the other.
+[[noreturn]] void be_the_child(pid_t parent, int result, int keep, const std::function<Result<void>()>& work) {
+  if (::prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || ::getppid() != parent) ::_exit(1);
   const auto [low, high] = std::minmax(result, keep < 0 ? result : keep);
   close_between(STDERR_FILENO + 1, low - 1);
   close_between(low + 1, high - 1);
@@ -40,16 +50,20 @@ Result<std::unique_ptr<BackgroundWork>> BackgroundWork::start(EventLoop& loop,
   int ends[2];
   if (::pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0) return errno_error("pipe");
   Fd ours(ends[0]), theirs(ends[1]);
+  const pid_t parent = ::getpid();
   const pid_t child = ::fork();
   if (child < 0) return errno_error("fork");
-  if (child == 0) be_the_child(theirs.get(), keep, work);
+  if (child == 0) be_the_child(parent, theirs.get(), keep, work);
   std::unique_ptr<BackgroundWork> running(new BackgroundWork(loop, std::move(ours), child, std::move(done)));
   TRY(loop.add_fd(running->result_.get(), CLONE_READABLE, [self = running.get()](uint32_t) { self->ready(); }));
   return running;
 }
 
 BackgroundWork::~BackgroundWork() {
-  if (result_) loop_.remove_fd(result_.get());
+  if (!result_) return;
+  loop_.remove_fd(result_.get());
+  ::kill(child_, SIGKILL);
+  wait_for(child_);
 }
 
 void BackgroundWork::ready() {
@@ -63,9 +77,7 @@ void BackgroundWork::ready() {
   }
   loop_.remove_fd(result_.get());
   result_.reset();
-  int status = 0;
-  while (::waitpid(child_, &status, 0) < 0 && errno == EINTR) {
-  }
+  const int status = wait_for(child_);
   const Done done = std::move(done_);
   if (WIFEXITED(status) && WEXITSTATUS(status) == 0 && text_ == kSuccess) return done({});
   if (text_.empty())

@@ -17,7 +17,7 @@ namespace vmm {
 // On the main loop, all of it.
 class BackgroundWork {
  public:
-  // Called once, unless this object goes before: the work then ends by itself, and nobody is told.
+  // Called once, unless this object goes before, or this process dies: the child is killed then, and nobody is told.
   using Done = std::function<void(Result<void>)>;
 
   // `work` runs in the child, where neither this process's threads nor its descriptors exist, but for `keep`, so that no

@@ -290,7 +290,7 @@ Result<Ending> Run::run(Timing& first_timing, TimingReport report, const SavedMa
     machine_ = TRY(
         Machine::create(plan_, around, timing, [this](Ending how, const std::string& detail) { end(how, detail); },
                         first ? saved : nullptr));
-    snapshots_.follow(machine_.get());
+    snapshots_.follow(machine_.get(), first ? saved : nullptr);
     if (first) TRY(console_.start());
     TRY(machine_->start(timing));
     if (report == TimingReport::print && first) {

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "kvm/kvm.hpp"
@@ -23,6 +24,7 @@ class ShellAhead;
 struct SavedMachine {
   Sections sections;
   std::vector<MemoryExtent> memory;
+  std::string template_name;  // as its backend knows it; empty: of a machine that runs
   ShellAhead* shell = nullptr;  // its machine's, if one was begun
 };
 

@@ -51,8 +51,12 @@ Result<Copies> copy_pages(const GuestMemory& memory, const PageSet& pages) {
 constexpr const char* kIdTag = "snapshot-id";
 constexpr uint32_t kIdVersion = 1;
 
-// Nobody writes to it any more, whoever has it.
-void seal(int file) { ::fcntl(file, F_ADD_SEALS, F_SEAL_WRITE); }
+// Nobody writes to it any more, whoever has it: refused while another process has it mapped for that.
+Result<void> seal(int file) {
+  if (::fcntl(file, F_ADD_SEALS, F_SEAL_WRITE) == 0) return {};
+  if (errno == EBUSY) return Error{"another process can write to this VM's memory", EBUSY, CLONE_ERR_BUSY};
+  return errno_error("F_SEAL_WRITE");
+}
 
 }  // namespace
 
@@ -65,19 +69,22 @@ Result<void> Snapshots::offer(ControlServer& control) {
   };
   TRY(add("vm.snapshot",
           "Keeps the VM as it stands as a template: {\"name\", \"store\": folder}. {\"incremental\": true} keeps what "
-          "differs from its last one; {\"stop\": true} ends it afterwards.",
+          "differs from its last one, or its template; {\"stop\": true} ends it afterwards.",
           &Snapshots::snapshot));
   return add("vm.fork", "Hands on the VM as it stands: state in the answer, memory as a descriptor beside it.",
              &Snapshots::fork);
 }
 
-void Snapshots::follow(Machine* machine) {
+void Snapshots::follow(Machine* machine, const SavedMachine* saved) {
   pending_.reset();
   machine_ = machine;
   tracks_ = false;
   cannot_track_.clear();
   parent_.reset();
   unsaved_.clear();
+  if (!saved || saved->template_name.empty()) return;
+  const auto id = saved->sections.get<Id>(kCoreSections, kIdTag, kIdVersion);
+  if (id.ok()) parent_ = Kept{saved->template_name, *id, true};
 }
 
 Result<void> Snapshots::note_dirty_pages() {
@@ -90,12 +97,14 @@ Result<void> Snapshots::note_dirty_pages() {
 
 Result<SnapshotImage> Snapshots::begin_over_parent(const SnapshotBackend& backend, const std::string& name) const {
   const auto gone = [&](const std::string& why) {
-    return Error{"this VM's last snapshot '" + parent_->name + "' " + why + ": take a full one", 0,
-                 CLONE_ERR_NOT_FOUND};
+    return Error{std::string("this VM's ") + (parent_->is_template ? "template" : "last snapshot") + " '" +
+                     parent_->name + "' " + why + ": take a full one",
+                 0, CLONE_ERR_NOT_FOUND};
   };
   // Begun first: from then on the backend sees to it that it is the same one.
   auto image = backend.begin(name, parent_->name, machine_->memory().size_bytes());
-  if (!image.ok() && image.error().status == CLONE_ERR_NOT_FOUND) return gone("is not there any more");
+  if (!image.ok() && image.error().status == CLONE_ERR_NOT_FOUND)
+    return gone(parent_->is_template ? "is not in this store" : "is not there any more");
   if (!image.ok()) return std::move(image).error();
   auto parent = TRY(backend.open(parent_->name));
   const auto id = TRY(parent.sections()).get<Id>(kCoreSections, kIdTag, kIdVersion);
@@ -148,7 +157,7 @@ Result<void> Snapshots::snapshot(const json::object& given, Reply& reply) {
   const std::shared_ptr<SnapshotBackend> backend =
       TRY(SnapshotBackend::create(library_, backend_name.empty() ? kDefaultSnapshotBackend : backend_name, options));
 
-  Kept kept{name, {}};
+  Kept kept{name, {}, false};
   if (::getrandom(kept.id.data(), kept.id.size(), 0) != static_cast<ssize_t>(kept.id.size()))
     return errno_error("getrandom");
   Sections sections;
@@ -165,6 +174,7 @@ Result<void> Snapshots::snapshot(const json::object& given, Reply& reply) {
     if (tracks_ || afterwards == Afterwards::as_before) TRY(note_dirty_pages());
     std::optional<Copies> copies;
     if (incremental) {
+      if (parent_->is_template) unsaved_ = TRY(memory.changed_pages());
       const uint64_t changed_bytes = unsaved_.count() * kPageSize;
       (*answer)["parent"] = parent_->name;
       (*answer)["changed_bytes"] = changed_bytes;
@@ -213,16 +223,15 @@ Result<void> Snapshots::fork(const json::object&, Reply& reply) {
       memory = Fd(::fcntl(own.memfd(), F_DUPFD_CLOEXEC, 0));
       if (!memory) return errno_error("the memory's descriptor");
       TRY(own.make_private());
-      seal(memory.get());
-      return {};
+      return seal(memory.get());
     }
     copied = true;
     const std::shared_ptr<Fd> file = std::make_shared<Fd>(TRY(make_memory_file(own)));
     return start(
         "fork", [&own, &file] { return copy_memory(own, file->get()); },
         [file, shared_reply, answer](Result<void> done) {
+          if (done.ok()) done = seal(file->get());
           if (!done.ok()) return (*shared_reply)->fail(done.error().message);
-          seal(file->get());
           (*shared_reply)->succeed(std::move(*answer), std::move(*file));
         },
         file->get());

@@ -33,8 +33,9 @@ class Snapshots {
 
   // vm.snapshot, vm.fork.
   Result<void> offer(ControlServer& control);
-  // The machine from now on, or NULL: whoever waits for the one before is told that nothing comes.
-  void follow(Machine* machine);
+  // The machine from now on, or NULL, and what it started from: whoever waits for the one before is told that nothing
+  // comes.
+  void follow(Machine* machine, const SavedMachine* saved = nullptr);
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -56,6 +57,7 @@ class Snapshots {
   struct Kept {
     std::string name;
     Id id;
+    bool is_template = false;  // that the machine was started from: what it wrote since then, its memory tells
   };
 
   Result<void> snapshot(const boost::json::object& given, Reply& reply);
@@ -78,7 +80,7 @@ class Snapshots {
 
   bool tracks_ = false;
   std::string cannot_track_;    // why not
-  std::optional<Kept> parent_;  // of the next incremental snapshot: the machine's last one
+  std::optional<Kept> parent_;  // of the next incremental snapshot: the machine's last one, or its template
   PageSet unsaved_;             // written since then, as of the last pause
 };
 

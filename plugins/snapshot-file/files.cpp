@@ -54,6 +54,12 @@ Result<OpenedFile> open_own(int folder_fd, const std::string& name, Kind kind, c
   return file;
 }
 
+Result<Fd> create_file(int folder_fd, const char* name) {
+  Fd fd(::openat(folder_fd, name, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600));
+  if (!fd) return system_error();
+  return fd;
+}
+
 Result<void> write_at(int fd, uint64_t offset, std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
     const ssize_t count = ::pwrite(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset));

@@ -27,6 +27,8 @@ struct OpenedFile {
 // is a link.
 Result<OpenedFile> open_own(int folder_fd, const std::string& name, Kind kind, const std::string& path);
 
+// For reading and writing, ours alone; one that is there is an error.
+Result<Fd> create_file(int folder_fd, const char* name);
 Result<void> write_at(int fd, uint64_t offset, std::span<const std::byte> bytes);
 // A file that ends before is an error.
 Result<void> read_at(int fd, uint64_t offset, std::span<std::byte> into);

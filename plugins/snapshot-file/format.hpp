@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <list>
 #include <map>
 #include <span>
@@ -93,6 +94,11 @@ class NewSections {
   std::list<std::vector<std::byte>> bytes_;  // the state's sections lie in them
   uint64_t size_bytes_ = 0;
 };
+
+inline bool is_zero_page(const std::byte* page) {
+  alignas(64) static constexpr std::byte zeroes[kPageBytes]{};
+  return std::memcmp(page, zeroes, kPageBytes) == 0;
+}
 
 Result<void> check_name(std::string_view what, std::string_view name);
 Result<void> check_word(std::string_view what, std::string_view word);

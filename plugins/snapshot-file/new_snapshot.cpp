@@ -15,17 +15,6 @@
 namespace snapshot_file {
 namespace {
 
-bool is_zero_page(const std::byte* page) {
-  alignas(64) static constexpr std::byte zeroes[kPageBytes]{};
-  return std::memcmp(page, zeroes, kPageBytes) == 0;
-}
-
-Result<Fd> create_file(int folder_fd, const char* name) {
-  Fd fd(::openat(folder_fd, name, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600));
-  if (!fd) return system_error();
-  return fd;
-}
-
 Result<void> write_state(int fd, const State& state) {
   const std::vector<std::byte> tables = encode_tables(state);
   CLONE_TRY(write_at(fd, 0, tables));

@@ -8,6 +8,7 @@
 #include <filesystem>
 
 #include "clone/sdk/plugin.hpp"
+#include "compression.hpp"
 #include "new_snapshot.hpp"
 #include "stored_snapshot.hpp"
 
@@ -68,13 +69,13 @@ class Backend final : public clone_sdk::SnapshotBackend {
   Result<void> remove(const std::string& name) override {
     const Store store = CLONE_TRY(open_store_for(name));
     const auto lock = CLONE_TRY(store.lock());
-    const Fd folder = CLONE_TRY(store.open_folder(name));
+    const Fd folder = CLONE_TRY(store.lock_folder(name));
     for (const auto& [child, summary] : CLONE_TRY(summaries(store)))
       if (summary.header.parent == name)
         return Error{"snapshot '" + name + "' is the parent of '" + child + "'; allowed is to remove that one first", 0,
                      CLONE_ERR_BUSY};
     for (const std::string& file : CLONE_TRY(names_in(folder.get()).context(store.path_of(name))))
-      if (file != kMemoryName && file != kStateName)
+      if (std::ranges::find(kFileNames, file) == std::end(kFileNames))
         return Error{store.path_of(name) + ": holds " + file + ", which is not a snapshot's"};
     const TemporaryFolder hidden = CLONE_TRY(store.make_temporary(name));
     if (::renameat(store.fd(), name.c_str(), store.fd(), hidden.name.c_str()) != 0) {
@@ -84,6 +85,18 @@ class Backend final : public clone_sdk::SnapshotBackend {
     }
     store.clear(folder.get(), hidden.name);
     return sync(store.fd()).context(store.path());
+  }
+
+  const void* extension(std::string_view id) override {
+    static constexpr clone_snapshot_compression table = {
+        sizeof table, 0, [](void* backend, const char* name, uint32_t on, clone_err* err) noexcept {
+          return clone_sdk::guarded(err, [&]() -> Result<void> {
+            auto& self = *static_cast<Backend*>(static_cast<SnapshotBackend*>(backend));
+            const Store store = CLONE_TRY(self.open_store_for(name));
+            return set_compressed(store, name, on != 0);
+          });
+        }};
+    return id == CLONE_SNAPSHOT_COMPRESSION ? &table : nullptr;
   }
 
  private:

@@ -85,6 +85,14 @@ Result<Fd> Store::open_folder(const std::string& name) const {
   return std::move(CLONE_TRY(open_own(fd(), name, Kind::folder, path_of(name))).fd);
 }
 
+Result<Fd> Store::lock_folder(const std::string& name) const {
+  Fd folder = CLONE_TRY(open_folder(name));
+  if (lock_now(folder.get())) return folder;
+  if (errno != EWOULDBLOCK) return system_error().context(path_of(name) + ": lock");
+  return Error{"snapshot '" + name + "' is being compressed, decompressed or removed by another process", EBUSY,
+               CLONE_ERR_BUSY};
+}
+
 Result<Store::Lock> Store::lock() const {
   while (::flock(fd(), LOCK_EX) != 0)
     if (errno != EINTR) return system_error().context(path_ + ": lock");
@@ -113,7 +121,7 @@ Result<TemporaryFolder> Store::make_temporary(const std::string& name) const {
 }
 
 void Store::clear(int folder_fd, const std::string& name) const {
-  for (const char* file : {kMemoryName, kStateName}) ::unlinkat(folder_fd, file, 0);
+  for (const char* file : kFileNames) ::unlinkat(folder_fd, file, 0);
   ::unlinkat(fd(), name.c_str(), AT_REMOVEDIR);
 }
 

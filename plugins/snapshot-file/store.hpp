@@ -9,8 +9,11 @@
 
 namespace snapshot_file {
 
+// Of a snapshot's files there is `state`, and one of the others.
 inline constexpr const char* kMemoryName = "memory";
+inline constexpr const char* kCompressedName = "memory.zst";
 inline constexpr const char* kStateName = "state";
+inline constexpr const char* kFileNames[] = {kMemoryName, kCompressedName, kStateName};
 
 // A folder of the store with a name that begins with '.': being made, or being removed. As long as this object holds
 // its lock, nobody clears it.
@@ -45,6 +48,9 @@ class Store {
   Result<bool> has(const std::string& name) const;
   // A snapshot's folder, judged.
   Result<Fd> open_folder(const std::string& name) const;
+
+  // A snapshot's folder for one who changes what is in it, or takes it away; busy while there is another.
+  Result<Fd> lock_folder(const std::string& name) const;
 
   Result<Lock> lock() const;
   // Under the lock:

@@ -2,14 +2,31 @@
 // Opens a chain of snapshots, and makes one memory of theirs.
 #include "stored_snapshot.hpp"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
+
+#include "zstd_file.hpp"
 
 namespace snapshot_file {
 namespace {
 
-Result<OpenedFile> open_file(const Store& store, const std::string& name, const char* file) {
-  const Fd folder = CLONE_TRY(store.open_folder(name));
-  return open_own(folder.get(), file, Kind::file, store.path_of(name) + "/" + file);
+Result<OpenedFile> open_file(const Store& store, int folder_fd, const std::string& name, const char* file) {
+  return open_own(folder_fd, file, Kind::file, store.path_of(name) + "/" + file);
+}
+
+// The one that there is: a file appears before the other goes, so that a third look finds what two have missed.
+struct MemoryFile : OpenedFile {
+  bool is_compressed = false;
+};
+Result<MemoryFile> open_memory(const Store& store, int folder_fd, const std::string& name) {
+  for (const char* file : {kMemoryName, kCompressedName}) {
+    auto opened = open_file(store, folder_fd, name, file);
+    if (opened.ok()) return MemoryFile{std::move(*opened), file == kCompressedName};
+    if (opened.error().code != ENOENT) return std::move(opened).error();
+  }
+  return MemoryFile{CLONE_TRY(open_file(store, folder_fd, name, kMemoryName)), false};
 }
 
 // Whatever a file says is damage, not a mistake of the caller's.
@@ -22,21 +39,22 @@ Result<T> as_damage(Result<T> result, const std::string& path) {
 }  // namespace
 
 Result<Summary> read_summary(const Store& store, const std::string& name) {
-  const OpenedFile state = CLONE_TRY(open_file(store, name, kStateName));
-  const OpenedFile memory = CLONE_TRY(open_file(store, name, kMemoryName));
+  const Fd folder = CLONE_TRY(store.open_folder(name));
+  const OpenedFile state = CLONE_TRY(open_file(store, folder.get(), name, kStateName));
+  const OpenedFile memory = CLONE_TRY(open_memory(store, folder.get(), name));
   const std::string path = store.path_of(name) + "/" + kStateName;
   std::vector<std::byte> beginning(std::min<uint64_t>(state.size_bytes, sizeof(HeaderRecord)));
   CLONE_TRY(read_at(state.fd.get(), 0, beginning).context(path));
   return Summary{CLONE_TRY(as_damage(parse_header(beginning), path)), state.stored_bytes + memory.stored_bytes};
 }
 
-Result<StoredSnapshot::Member> StoredSnapshot::open_member(const Store& store, const std::string& name) {
+Result<Member> open_member(const Store& store, const std::string& name) {
   Member member;
   member.name = name;
   member.path = store.path_of(name);
-  const std::string state_path = member.path + "/" + kStateName, memory_path = member.path + "/" + kMemoryName;
+  const std::string state_path = member.path + "/" + kStateName;
   const Fd folder = CLONE_TRY(store.open_folder(name));
-  const OpenedFile state = CLONE_TRY(open_own(folder.get(), kStateName, Kind::file, state_path));
+  const OpenedFile state = CLONE_TRY(open_file(store, folder.get(), name, kStateName));
   if (state.size_bytes > kMostTableBytes + kMostSectionBytes)
     return Error{state_path + ": has " + std::to_string(state.size_bytes) + " bytes; allowed are " +
                      std::to_string(kMostTableBytes + kMostSectionBytes),
@@ -44,13 +62,24 @@ Result<StoredSnapshot::Member> StoredSnapshot::open_member(const Store& store, c
   member.bytes.resize(state.size_bytes);
   CLONE_TRY(read_at(state.fd.get(), 0, member.bytes).context(state_path));
   member.state = CLONE_TRY(as_damage(parse_state(member.bytes), state_path));
-  OpenedFile memory = CLONE_TRY(open_own(folder.get(), kMemoryName, Kind::file, memory_path));
-  if (memory.size_bytes != member.state.memory_bytes)
-    return Error{memory_path + ": has " + std::to_string(memory.size_bytes) + " bytes; the guest's memory has " +
-                     std::to_string(member.state.memory_bytes),
+  MemoryFile memory = CLONE_TRY(open_memory(store, folder.get(), name));
+  if (!memory.is_compressed && memory.size_bytes != member.state.memory_bytes)
+    return Error{member.path + "/" + kMemoryName + ": has " + std::to_string(memory.size_bytes) +
+                     " bytes; the guest's memory has " + std::to_string(member.state.memory_bytes),
                  0, CLONE_ERR_CORRUPT};
-  member.memory = std::move(memory.fd);
+  (memory.is_compressed ? member.compressed : member.memory) = std::move(memory.fd);
   return member;
+}
+
+Result<int> StoredSnapshot::memory_of(Member& member) {
+  if (member.memory) return member.memory.get();
+  const std::string path = member.path + "/" + kCompressedName;
+  Fd memory(::memfd_create("clone-template-memory", MFD_CLOEXEC));
+  if (!memory || ::ftruncate(memory.get(), static_cast<off_t>(member.state.memory_bytes)) != 0)
+    return system_error().context(path);
+  CLONE_TRY(decompress(member.compressed.get(), member.state.extents, memory.get()).context(path));
+  member.memory = std::move(memory);
+  return member.memory.get();
 }
 
 Result<std::unique_ptr<StoredSnapshot>> StoredSnapshot::open(const Store& store, const std::string& name) {
@@ -86,18 +115,18 @@ Result<std::unique_ptr<StoredSnapshot>> StoredSnapshot::open(const Store& store,
     parent.bytes = {};
     chain.push_back(std::move(parent));
   }
-  for (const Member& member : chain) snapshot->pieces_ = lay_over(snapshot->pieces_, pieces_of(member));
+  for (Member& member : chain) snapshot->pieces_ = lay_over(snapshot->pieces_, pieces_of(member));
   return snapshot;
 }
 
 // A full one's file is its memory as it is, holes and all: one mapping.
-std::vector<StoredSnapshot::Piece> StoredSnapshot::pieces_of(const Member& member) {
+std::vector<StoredSnapshot::Piece> StoredSnapshot::pieces_of(Member& member) {
   std::vector<Piece> pieces;
   if (member.state.parent.empty()) {
-    pieces.push_back({{0, member.state.memory_bytes}, member.memory.get()});
+    pieces.push_back({{0, member.state.memory_bytes}, &member});
     return pieces;
   }
-  for (const Extent& extent : member.state.extents) pieces.push_back({extent, member.memory.get()});
+  for (const Extent& extent : member.state.extents) pieces.push_back({extent, &member});
   return pieces;
 }
 
@@ -110,7 +139,7 @@ std::vector<StoredSnapshot::Piece> StoredSnapshot::lay_over(const std::vector<Pi
     while (left.size_bytes) {
       for (; next != upper.end() && next->end() <= left.offset; ++next) result.push_back(*next);
       const uint64_t covered = next == upper.end() ? left.end() : std::min(next->offset, left.end());
-      if (covered > left.offset) result.push_back({{left.offset, covered - left.offset}, left.fd});
+      if (covered > left.offset) result.push_back({{left.offset, covered - left.offset}, left.member});
       const uint64_t end = left.end();
       left.offset = next == upper.end() ? end : std::clamp(next->end(), covered, end);
       left.size_bytes = end - left.offset;
@@ -123,8 +152,9 @@ std::vector<StoredSnapshot::Piece> StoredSnapshot::lay_over(const std::vector<Pi
 Result<std::optional<clone_snapshot_extent>> StoredSnapshot::memory_extent(uint32_t index) {
   if (index >= pieces_.size()) return std::optional<clone_snapshot_extent>();
   const Piece& piece = pieces_[index];
+  const int fd = CLONE_TRY(memory_of(*piece.member));
   return std::optional(
-      clone_snapshot_extent{sizeof(clone_snapshot_extent), piece.fd, piece.offset, piece.offset, piece.size_bytes});
+      clone_snapshot_extent{sizeof(clone_snapshot_extent), fd, piece.offset, piece.offset, piece.size_bytes});
 }
 
 Result<clone_sdk::Reader::Section> StoredSnapshot::read_section(std::string_view owner, std::string_view tag) {
@@ -144,15 +174,16 @@ Result<std::vector<clone_sdk::SnapshotImage::SectionInfo>> StoredSnapshot::list_
 }
 
 Result<void> StoredSnapshot::verify() {
-  for (const Member& member : chain_) {
-    const std::string path = member.path + "/" + kMemoryName;
+  for (Member& member : chain_) {
+    const std::string path = member.path + "/" + (member.compressed ? kCompressedName : kMemoryName);
+    const int memory = CLONE_TRY(memory_of(member));
     const auto damaged = [&](const std::string& why) { return Error{path + ": " + why, 0, CLONE_ERR_CORRUPT}; };
-    const Digest digest = CLONE_TRY(digest_of(member.memory.get(), member.state.extents).context(path));
+    const Digest digest = CLONE_TRY(digest_of(memory, member.state.extents).context(path));
     if (digest != member.state.memory_digest) return damaged("is damaged: its checksum is another");
     if (!member.state.parent.empty()) continue;  // what lies outside of its extents is not used
     const uint64_t memory_bytes = member.state.memory_bytes;
     const uint64_t stray =
-        CLONE_TRY(find_data_outside(member.memory.get(), member.state.extents, memory_bytes).context(path));
+        CLONE_TRY(find_data_outside(memory, member.state.extents, memory_bytes).context(path));
     if (stray < memory_bytes)
       return damaged("is damaged: there is data at " + std::to_string(stray) + " where zeroes were saved");
   }

@@ -22,6 +22,16 @@ struct Summary {
 };
 Result<Summary> read_summary(const Store& store, const std::string& name);
 
+// One of a chain, read and checked; its memory not.
+struct Member {
+  std::string name, path;
+  std::vector<std::byte> bytes;  // of the file `state`; the sections lie in it
+  State state;
+  Fd memory;
+  Fd compressed;  // instead of it
+};
+Result<Member> open_member(const Store& store, const std::string& name);
+
 // It needs neither store nor names once it is open: removed meanwhile, it stays as it is.
 class StoredSnapshot final : public clone_sdk::SnapshotImage {
  public:
@@ -37,21 +47,16 @@ class StoredSnapshot final : public clone_sdk::SnapshotImage {
   Result<void> verify() override;
 
  private:
-  struct Member {
-    std::string name, path;
-    std::vector<std::byte> bytes;  // of the file `state`; the sections lie in it
-    State state;
-    Fd memory;
-  };
-  // Guest memory and where it lies, in the file at its own offset.
+  // Guest memory and whose file it lies in, at its own offset.
   struct Piece : Extent {
-    int fd;
+    Member* member;
   };
 
   StoredSnapshot() = default;
-  static Result<Member> open_member(const Store& store, const std::string& name);
+  // A compressed one gets memory of its own, when it is first asked for.
+  static Result<int> memory_of(Member& member);
   static std::vector<Piece> lay_over(const std::vector<Piece>& upper, const std::vector<Piece>& lower);
-  static std::vector<Piece> pieces_of(const Member& member);
+  static std::vector<Piece> pieces_of(Member& member);
 
   std::vector<Member> chain_;   // the newest first, a full one last; the sections are the newest one's
   uint64_t chain_extents_ = 0;  // of all members

@@ -2,6 +2,8 @@
 // A running `clone run`: what it is fed, what it says, how it ends. Nothing waits for longer than a limit.
 #pragma once
 
+#include <sys/types.h>
+
 #include <chrono>
 #include <string>
 #include <vector>
@@ -32,6 +34,7 @@ class VmmProcess {
   bool wait_for_line(const std::string& text, std::string& line);
   void type(const std::string& text);
   void signal(int number);
+  pid_t id() const { return pid_; }
   // Closes its input, reads what it says, and gives the end.
   VmmResult finish();
 

@@ -3,12 +3,15 @@
 #include <doctest/doctest.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <bit>
 #include <fstream>
 #include <iterator>
+#include <random>
 
 #include "memory/guest_memory.hpp"
 
@@ -229,4 +232,106 @@ TEST_CASE("memory: more extents than the kernel has mappings for are restored, t
   const auto cut = GuestMemory::restore({.size_bytes = pages * kPageSize}, extents);
   REQUIRE(!cut.ok());
   CHECK(cut.error().message.find("ends too early") != std::string::npos);
+}
+
+TEST_CASE("memory: what a restored one holds anew is known") {
+  // On both sides of the hole, mapped as a whole or in parts; pages behind the parts are zeroes.
+  constexpr uint64_t high = 3 * kGiB / kPageSize, pages = high + 4096, span = 2000, step = 3;
+  const Fd file(::memfd_create("snapshot", MFD_CLOEXEC));
+  REQUIRE(::ftruncate(file.get(), static_cast<off_t>(pages * kPageSize)) == 0);
+  std::vector<bool> has_data(pages);
+  std::vector<uint64_t> used;
+  for (uint64_t page = 0; page < span; ++page) used.insert(used.end(), {page * step, high + page * 2});
+  for (const uint64_t page : used) {
+    REQUIRE(::pwrite(file.get(), &page, sizeof page, static_cast<off_t>(page * kPageSize)) == sizeof page);
+    has_data[page] = true;
+  }
+  for (const bool whole : {true, false}) {
+    CAPTURE(whole);
+    std::vector<MemoryExtent> extents{{file.get(), 0, 0, pages * kPageSize}};
+    if (!whole) {
+      extents.clear();
+      for (uint64_t page = 0; page < pages; page += 4096)
+        extents.push_back({file.get(), page * kPageSize, page * kPageSize, 1024 * kPageSize});
+    }
+    const auto is_mapped = [&](uint64_t page) { return whole || page % 4096 < 1024; };
+    auto memory = GuestMemory::restore({.size_bytes = pages * kPageSize}, extents);
+    REQUIRE(memory.ok());
+    const auto at = [](uint64_t page) { return GuestAddress{(page < high ? page : page + kGiB / kPageSize) * kPageSize}; };
+    const auto original = [&](uint64_t page) { return is_mapped(page) ? page : 0; };
+    const auto changed = [&] {
+      std::vector<bool> found(pages);
+      const auto set = memory->changed_pages();
+      REQUIRE(set.ok());
+      for (uint64_t page = 0; page < pages;) {
+        const auto [first, end] = set->next_run(page, pages);
+        std::fill(found.begin() + static_cast<ptrdiff_t>(first), found.begin() + static_cast<ptrdiff_t>(end), true);
+        page = end;
+      }
+      return found;
+    };
+    CHECK(std::ranges::count(changed(), true) == 0);
+    std::mt19937 random(whole);
+    std::vector<bool> written(pages);
+    for (const uint64_t page : used) {
+      CAPTURE(page);
+      switch (random() % 8) {
+        case 0:
+          REQUIRE(memory->store<uint64_t>(at(page), ~page));
+          written[page] = true;
+          break;
+        case 1:  // as the guest does
+          *memory->slice(at(page) + 100, 1) = std::byte{7};
+          written[page] = true;
+          break;
+        case 2:
+          REQUIRE(memory->discard(at(page), kPageSize));
+          written[page] = true;
+          break;
+        case 3:
+        case 4:
+          CHECK(*memory->load<uint64_t>(at(page)) == original(page));
+          break;
+        case 5:
+          ::madvise(memory->slice(at(page), kPageSize), kPageSize, MADV_POPULATE_READ);
+          break;
+        default:
+          break;
+      }
+    }
+    std::vector<bool> found = changed();
+    uint64_t lost = 0, more = 0;
+    std::vector<char> now(kPageSize), before(kPageSize);
+    for (const uint64_t page : used) {
+      lost += written[page] && !found[page];
+      more += is_mapped(page) && !written[page] && found[page];
+    }
+    for (uint64_t page = 0; page < pages; ++page) more += found[page] && !has_data[page];
+    CHECK(lost == 0);
+    CHECK(more == 0);
+    // Page by page: what is not among them is the file's.
+    for (const uint64_t page : used) {
+      if (found[page]) continue;
+      REQUIRE(memory->read(at(page), now.data(), kPageSize));
+      std::ranges::fill(before, 0);
+      if (is_mapped(page))
+        REQUIRE(::pread(file.get(), before.data(), kPageSize, static_cast<off_t>(page * kPageSize)) ==
+                static_cast<ssize_t>(kPageSize));
+      lost += now != before;
+    }
+    CHECK(lost == 0);
+    // A child process that has it changes nothing; all discarded is all changed.
+    const uint64_t count = static_cast<uint64_t>(std::ranges::count(found, true));
+    const pid_t child = ::fork();
+    REQUIRE(child >= 0);
+    if (child == 0) {
+      (void)memory->store<uint64_t>({0}, 5);
+      ::_exit(0);
+    }
+    REQUIRE(::waitpid(child, nullptr, 0) == child);
+    CHECK(memory->changed_pages()->count() == count);
+    REQUIRE(memory->discard({0}, 3 * kGiB));
+    CHECK(memory->changed_pages()->next_run(0, high) == std::pair<uint64_t, uint64_t>{0, high});
+  }
+  CHECK(!make(64 * kMiB).changed_pages().ok());
 }

@@ -3,10 +3,12 @@
 #include <doctest/doctest.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <zstd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -96,11 +98,20 @@ class Backend : public SnapshotBackendRig<kBackend> {
     REQUIRE_MESSAGE(commit(image), error);
     close(image);
   }
+  bool set_compressed(const char* name, bool on) {
+    const auto* compression =
+        static_cast<const clone_snapshot_compression*>(table().get_extension(backend_, CLONE_SNAPSHOT_COMPRESSION));
+    REQUIRE(compression);
+    return call([&](clone_err* err) { return compression->set_compressed(backend_, name, on, err); }) == CLONE_OK;
+  }
   // Why a snapshot cannot be opened, or is damaged; "" when it is sound.
   std::string fault(const char* name) {
     void* image = open(name);
     if (!image) return error;
-    const bool sound = verify(image);
+    clone_snapshot_extent extent{};
+    extent.size = sizeof extent;
+    const clone_status mapped = call([&](clone_err* err) { return table().memory_extent(image, 0, &extent, err); });
+    const bool sound = (mapped == CLONE_OK || mapped == CLONE_EMPTY) && verify(image);
     close(image);
     return sound ? "" : error;
   }
@@ -112,10 +123,10 @@ struct Store {
   Backend backend{path};
 
   std::string file(const std::string& name) const { return path + "/" + name; }
-  // All names, hidden ones too.
-  std::vector<std::string> names() const {
+  // All names, hidden ones too; of a snapshot's files with its name.
+  std::vector<std::string> names(const std::string& folder = {}) const {
     std::vector<std::string> found;
-    for (const auto& entry : fs::directory_iterator(path)) found.push_back(entry.path().filename().string());
+    for (const auto& entry : fs::directory_iterator(file(folder))) found.push_back(entry.path().filename().string());
     std::sort(found.begin(), found.end());
     return found;
   }
@@ -797,4 +808,215 @@ TEST_CASE("snapshot file: a process that is killed leaves the whole snapshot or 
   Backend::close(living);
   CHECK(store.names() == std::vector<std::string>{"base", "living"});
   CHECK(store.backend.fault("living").empty());
+}
+
+namespace {
+
+using Names = std::vector<std::string>;
+const Names kPlain{"memory", "state"}, kCompressed{"memory.zst", "state"};
+
+std::string zstd_of(const Bytes& plain, int window_log = 0) {
+  const std::unique_ptr<ZSTD_CCtx, decltype(&ZSTD_freeCCtx)> context(ZSTD_createCCtx(), ZSTD_freeCCtx);
+  ZSTD_CCtx_setParameter(context.get(), ZSTD_c_checksumFlag, 1);
+  ZSTD_CCtx_setParameter(context.get(), ZSTD_c_contentSizeFlag, 0);
+  if (window_log) ZSTD_CCtx_setParameter(context.get(), ZSTD_c_windowLog, window_log);
+  std::string file(ZSTD_compressBound(plain.size()), '\0');
+  ZSTD_outBuffer out{file.data(), file.size(), 0};
+  // In two steps: the encoder does not know the size in advance, and the window is as it was asked for.
+  ZSTD_inBuffer in{plain.data(), std::min<size_t>(plain.size(), 1), 0};
+  REQUIRE(!ZSTD_isError(ZSTD_compressStream2(context.get(), &out, &in, ZSTD_e_continue)));
+  in.size = plain.size();
+  REQUIRE(ZSTD_compressStream2(context.get(), &out, &in, ZSTD_e_end) == 0);
+  return file.substr(0, out.pos);
+}
+
+// Pages that cannot be compressed, some zeroes between them.
+std::vector<std::pair<uint64_t, Bytes>> noise(unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<std::pair<uint64_t, Bytes>> pages;
+  for (uint64_t page = 0; page < kPages; page += 1 + random() % 3) {
+    Bytes data = page_of(0);
+    if (random() % 4) std::ranges::generate(data, [&] { return std::byte(random()); });
+    pages.emplace_back(page, data);
+  }
+  return pages;
+}
+
+}  // namespace
+
+TEST_CASE("snapshot file: compressed where it lies, it is the same snapshot") {
+  Store store;
+  Backend& backend = store.backend;
+  backend.make("base", nullptr, {{0, page_of(1, 20)}, {40, page_of(2)}, {50, page_of(0)}});
+  backend.make("child", "base", {{1, page_of(3)}, {40, page_of(0)}});
+  const auto memory_of = [&](const char* name) {
+    void* image = backend.open(name);
+    REQUIRE_MESSAGE(image, backend.error);
+    const Bytes memory = backend.memory(image);
+    Backend::close(image);
+    return memory;
+  };
+  const Bytes base = memory_of("base"), child = memory_of("child");
+  void* const open_before = backend.open("child");
+  for (const bool on : {true, true, false, false, true}) {
+    CAPTURE(on);
+    for (const char* name : {"base", "child"}) {
+      REQUIRE_MESSAGE(backend.set_compressed(name, on), backend.error);
+      CHECK(store.names(name) == (on ? kCompressed : kPlain));
+      CHECK(mode_of(store.file(std::string(name) + (on ? "/memory.zst" : "/memory"))) == 0600);
+      CHECK(memory_of("base") == base);
+      CHECK(memory_of("child") == child);
+      CHECK(backend.fault("child") == "");
+    }
+    CHECK(backend.list() == "base child<base");
+  }
+  CHECK(fs::file_size(store.file("base/memory.zst")) < 1000);
+  CHECK(backend.memory(open_before) == child);
+  Backend::close(open_before);
+  // A parent as any other; of an empty one there is nothing to compress.
+  backend.make("grandchild", "child", {{2, page_of(4)}});
+  CHECK(backend.fault("grandchild") == "");
+  backend.make("empty", nullptr, {});
+  CHECK(backend.set_compressed("empty", true));
+  CHECK(memory_of("empty") == Bytes(kMemory));
+  CHECK(backend.set_compressed("empty", false));
+  CHECK(memory_of("empty") == Bytes(kMemory));
+  // Of both files, which a kill may leave, the plain one counts, and the other goes.
+  replace(store.file("empty/memory.zst"), bytes("left"));
+  CHECK(backend.fault("empty") == "");
+  CHECK(backend.set_compressed("empty", false));
+  CHECK(store.names("empty") == kPlain);
+  // One at a time.
+  const int folder = ::open(store.file("empty").c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  REQUIRE(::flock(folder, LOCK_EX) == 0);
+  CHECK(!backend.set_compressed("empty", true));
+  CHECK(backend.error == "snapshot 'empty' is being compressed, decompressed or removed by another process");
+  CHECK(!backend.remove("empty"));
+  CHECK(backend.status == CLONE_ERR_BUSY);
+  ::close(folder);
+  CHECK(backend.set_compressed("empty", true));
+  for (const char* name : {"empty", "grandchild", "child", "base"}) CHECK(backend.remove(name));
+  CHECK(store.names().empty());
+  CHECK(!backend.set_compressed("base", true));
+  CHECK(backend.error == "there is no snapshot 'base' in " + store.path);
+  CHECK(!backend.set_compressed("../base", true));
+}
+
+TEST_CASE("snapshot file: damage is not compressed, and compressed memory is not believed") {
+  Store store;
+  Backend& backend = store.backend;
+  backend.make("base", nullptr, {{1, page_of(1)}, {4, page_of(2, 3)}});
+  const std::string plain = store.file("base/memory"), compressed = store.file("base/memory.zst");
+  const Bytes whole = content(plain);
+  Bytes damaged = whole;
+  damaged[5 * kPage] = std::byte{9};
+  replace(plain, damaged);
+  CHECK(!backend.set_compressed("base", true));
+  CHECK(backend.error == plain + ": is damaged: its checksum is another");
+  CHECK(store.names("base") == kPlain);
+  replace(plain, whole);
+  REQUIRE(backend.set_compressed("base", true));
+  const Bytes good = content(compressed);
+  const auto refused = [&](const std::string& with, const std::string& why) {
+    CAPTURE(why);
+    replace(compressed, bytes(with));
+    const std::string fault = backend.fault("base");
+    CHECK_MESSAGE(contains(fault, compressed + ": " + why), fault);
+    CHECK(backend.status == CLONE_ERR_CORRUPT);
+    CHECK(!backend.set_compressed("base", false));
+    CHECK(backend.status == CLONE_ERR_CORRUPT);
+    CHECK(store.names("base") == kCompressed);
+    CHECK(store.names() == Names{"base"});
+  };
+  for (const size_t size : {size_t{0}, size_t{1}, size_t{5}, good.size() / 2, good.size() - 1})
+    refused(text(good).substr(0, size), "ends too early");
+  refused(text(good) + "x", "goes on behind its end");
+  refused(text(good) + text(good), "goes on behind its end");
+  refused("not zstd at all, but long enough to be looked at", "is damaged");
+  const Bytes exact = [&] {
+    Bytes all = page_of(1);
+    const Bytes more = page_of(2, 3);
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  }();
+  // A bomb: as much as the extents have comes out of it, and no more.
+  refused(zstd_of(Bytes(64 << 20)), "goes on behind its end");
+  refused(zstd_of(Bytes(exact.begin(), exact.end() - 1)), "ends too early");
+  refused(zstd_of(exact, 27), "is damaged");  // a window of 128 MiB
+  Bytes other = exact;
+  other[0] = std::byte{7};
+  refused(zstd_of(other), "is damaged: its checksum is another");
+  for (size_t place = 4; place < good.size(); place += 3) {
+    Bytes flipped = good;
+    flipped[place] ^= std::byte{0x10};
+    replace(compressed, flipped);
+    CHECK(backend.fault("base") != "");
+  }
+  replace(compressed, bytes(zstd_of(exact)));
+  CHECK(backend.fault("base") == "");
+  REQUIRE(::chmod(compressed.c_str(), 0602) == 0);
+  CHECK(backend.fault("base") == compressed + ": refused: others than its owner can write to it; chmod go-w it if you "
+                                              "trust what it holds");
+  REQUIRE(::chmod(compressed.c_str(), 0600) == 0);
+  CHECK(backend.set_compressed("base", false));
+  CHECK(content(plain) == whole);
+}
+
+TEST_CASE("snapshot file: who is killed while it compresses leaves the snapshot, and who opens it meanwhile has it") {
+  Store store;
+  store.backend.make("base", nullptr, noise(1));
+  store.backend.make("child", "base", noise(2));
+  void* image = store.backend.open("child");
+  const Bytes memory = store.backend.memory(image);
+  Backend::close(image);
+  bool on = true;
+  unsigned plain = 0, compressed = 0;
+  for (unsigned round = 0; round < 60; ++round) {
+    CAPTURE(round);
+    const pid_t child = ::fork();
+    REQUIRE(child >= 0);
+    if (child == 0) {
+      Backend other(store.path);
+      for (;; on = !on)
+        for (const char* name : {"base", "child"}) other.set_compressed(name, on);
+    }
+    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(500 + round * 150);
+    do {
+      CHECK(store.backend.fault("child") == "");
+    } while (std::chrono::steady_clock::now() < end);
+    ::kill(child, SIGKILL);
+    REQUIRE(::waitpid(child, nullptr, 0) == child);
+    image = store.backend.open("child");
+    REQUIRE_MESSAGE(image, store.backend.error);
+    CHECK(store.backend.memory(image) == memory);
+    Backend::close(image);
+    (fs::exists(store.file("base/memory")) ? plain : compressed) += 1;
+    on = !on;
+  }
+  MESSAGE("killed: " << plain << " plain, " << compressed << " compressed");
+  // The next one clears what they left.
+  for (const char* name : {"base", "child"}) {
+    CHECK(store.backend.set_compressed(name, !fs::exists(store.file(std::string(name) + "/memory.zst"))));
+    CHECK(store.names(name).size() == 2);
+  }
+  CHECK(store.names() == Names{"base", "child"});
+}
+
+TEST_CASE("snapshot file: without room to compress it stays as it is") {
+  if (::geteuid() != 0) return;
+  const ScratchDir scratch;
+  REQUIRE(::mount("tmpfs", scratch.path().c_str(), "tmpfs", 0, "size=200K,mode=0700") == 0);
+  {
+    Backend backend(scratch.path() + "/store");
+    std::mt19937 random(3);
+    Bytes data = page_of(0, 32);
+    std::ranges::generate(data, [&] { return std::byte(random()); });
+    backend.make("base", nullptr, {{0, data}});
+    CHECK(!backend.set_compressed("base", true));
+    CHECK(backend.code == ENOSPC);
+    CHECK(contains(backend.error, "/memory.zst: No space left on device"));
+    CHECK(backend.fault("base") == "");
+    CHECK(std::distance(fs::directory_iterator(scratch.path() + "/store"), {}) == 1);
+  }
+  ::umount2(scratch.path().c_str(), MNT_DETACH);
 }

@@ -116,6 +116,8 @@ offers 'warm' clone template inspect --json w
 offers '' clone template list ''
 offers 'flatten' clone template fl
 offers 'base warm' clone template flatten ''
+offers 'compress' clone template comp
+offers 'warm' clone template decompress w
 offers 'a file.img' clone template import a
 offers '--incremental' clone snapshot --in
 offers 'web:' clone cp w

@@ -60,6 +60,17 @@ typedef struct clone_snapshot_backend_type {
   const void *(*get_extension)(void *backend, const char *id);
 } clone_snapshot_backend_type;
 
+/* What get_extension() of a backend that can compress where a snapshot lies answers to this id with. [control] */
+#define CLONE_SNAPSHOT_COMPRESSION "clone.snapshot-compression/1"
+typedef struct clone_snapshot_compression {
+  uint32_t size;
+  uint32_t reserved;
+  /* on: keep that snapshot compressed, 0: as it is mapped. It is the same snapshot before and after, for its parent, its
+   * children and who has it open, and whole whenever the process ends; checksums are compared, damage is an error. One
+   * that is kept so already is CLONE_OK. */
+  clone_status (*set_compressed)(void *backend, const char *name, uint32_t on, clone_err *err);
+} clone_snapshot_compression;
+
 typedef struct clone_snapshot_backend_factory {
   uint32_t size;
   uint32_t count;
