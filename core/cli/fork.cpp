@@ -59,7 +59,7 @@ ExitCode fork_command(const Arguments& arguments) {
 
   StartOptions options;
   TemplateStore store;
-  std::string name, vm;
+  std::string name, vm, prefault = "recorded";
   unsigned count = 1;
   CLI::App app(
       "Start a virtual machine from where another stood: clone fork --template NAME | --from VM [OPTIONS]",
@@ -71,6 +71,11 @@ ExitCode fork_command(const Arguments& arguments) {
   app.add_option("--count", count, "Start so many, NAME-1, NAME-2, … without a console here, and wait for them all.")
       ->type_name("N")
       ->check(CLI::Range(1u, 1000u));
+  app.add_option("--prefault", prefault,
+                 "Memory to map ahead, in the background: none, recorded (what the template's first fork touched in its "
+                 "first 2 s; default), all.")
+      ->type_name("WHAT")
+      ->check(CLI::IsMember({"none", "recorded", "all"}));
   for (const Setting& setting : settings)
     if (is_setting_of_forks(setting)) add_setting(app, setting, options.settings);
   add_start_options(app, options);
@@ -89,6 +94,10 @@ ExitCode fork_command(const Arguments& arguments) {
     backend = std::move(*opened);
     if (const auto taken = from_template(*backend, name, origin); !taken.ok()) return fail(taken.error());
   }
+  origin.saved.prefault = prefault == "none"  ? PrefaultMode::none
+                          : prefault == "all" ? PrefaultMode::all
+                                              : PrefaultMode::recorded;
+  if (origin.image) origin.saved.image = &*origin.image;
   timing.mark(name.empty() ? "state of the other machine" : "template");
 
   auto profile = saved_settings(origin.saved.sections, settings);

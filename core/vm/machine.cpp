@@ -105,6 +105,7 @@ Result<void> Machine::make_kvm(Timing& timing) {
 
 Result<void> Machine::restore(Timing& timing) {
   memory_ = TRY(GuestMemory::restore(plan_.plan.memory, saved_->memory));
+  prefault_ = TRY(Prefault::start(*memory_, saved_->prefault, saved_->image, saved_->memory));
   timing.mark("memory");
   TRY(make_kvm(timing));
   TRY(make_devices());

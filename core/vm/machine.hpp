@@ -31,6 +31,7 @@
 #include "plugin/host_context.hpp"
 #include "snapshot/sections.hpp"
 #include "util/result.hpp"
+#include "vm/prefault.hpp"
 #include "vm/reclaim.hpp"
 #include "vm/timing.hpp"
 
@@ -42,6 +43,8 @@ enum class Ending { power_off, reset, crashed, kvm_failed, stopped };
 struct SavedMachine {
   Sections sections;
   std::vector<MemoryExtent> memory;
+  PrefaultMode prefault = PrefaultMode::none;
+  SnapshotImage* image = nullptr;  // for its notes, where there is one; lasts as long as the machine
 };
 
 // What one device or transport claimed; all of it is given back when the instance goes.
@@ -188,6 +191,7 @@ class Machine {
   std::list<Instance> instances_;  // the transport last
   std::unique_ptr<Reclaim> reclaim_;
   std::unique_ptr<Vcpus> vcpus_;
+  std::unique_ptr<Prefault> prefault_;
 };
 
 }  // namespace vmm

@@ -8,6 +8,7 @@
 #include <filesystem>
 
 #include "clone/sdk/plugin.hpp"
+#include "clone/sdk/snapshot_notes.hpp"
 #include "new_snapshot.hpp"
 #include "stored_snapshot.hpp"
 
@@ -74,7 +75,7 @@ class Backend final : public clone_sdk::SnapshotBackend {
         return Error{"snapshot '" + name + "' is the parent of '" + child + "'; allowed is to remove that one first", 0,
                      CLONE_ERR_BUSY};
     for (const std::string& file : CLONE_TRY(names_in(folder.get()).context(store.path_of(name))))
-      if (file != kMemoryName && file != kStateName)
+      if (!is_of_snapshot(file))
         return Error{store.path_of(name) + ": holds " + file + ", which is not a snapshot's"};
     const TemporaryFolder hidden = CLONE_TRY(store.make_temporary(name));
     if (::renameat(store.fd(), name.c_str(), store.fd(), hidden.name.c_str()) != 0) {
@@ -84,6 +85,10 @@ class Backend final : public clone_sdk::SnapshotBackend {
     }
     store.clear(folder.get(), hidden.name);
     return sync(store.fd()).context(store.path());
+  }
+
+  const void* extension(std::string_view id) override {
+    return id == CLONE_SNAPSHOT_NOTES ? clone_sdk::snapshot_notes<StoredSnapshot>() : nullptr;
   }
 
  private:

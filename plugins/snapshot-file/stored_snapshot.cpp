@@ -2,7 +2,12 @@
 // Opens a chain of snapshots, and makes one memory of theirs.
 #include "stored_snapshot.hpp"
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
+
+#include "clone/abi/snapshot_notes.h"
 
 namespace snapshot_file {
 namespace {
@@ -17,6 +22,13 @@ template <typename T>
 Result<T> as_damage(Result<T> result, const std::string& path) {
   if (!result.ok()) result.error().status = CLONE_ERR_CORRUPT;
   return std::move(result).context(path);
+}
+
+Result<std::string> note_file(std::string_view name) {
+  const bool known = std::all_of(name.begin(), name.end(), [](char c) { return (c >= 'a' && c <= 'z') || c == '-'; });
+  if (name.empty() || name.size() > 32 || !known)
+    return Error{"a note's name: '" + std::string(name) + "' given; allowed are 1 to 32 of a-z and -"};
+  return std::string(kNotePrefix) + std::string(name);
 }
 
 }  // namespace
@@ -35,8 +47,9 @@ Result<StoredSnapshot::Member> StoredSnapshot::open_member(const Store& store, c
   member.name = name;
   member.path = store.path_of(name);
   const std::string state_path = member.path + "/" + kStateName, memory_path = member.path + "/" + kMemoryName;
-  const Fd folder = CLONE_TRY(store.open_folder(name));
-  const OpenedFile state = CLONE_TRY(open_own(folder.get(), kStateName, Kind::file, state_path));
+  member.folder = CLONE_TRY(store.open_folder(name));
+  const int folder_fd = member.folder.get();
+  const OpenedFile state = CLONE_TRY(open_own(folder_fd, kStateName, Kind::file, state_path));
   if (state.size_bytes > kMostTableBytes + kMostSectionBytes)
     return Error{state_path + ": has " + std::to_string(state.size_bytes) + " bytes; allowed are " +
                      std::to_string(kMostTableBytes + kMostSectionBytes),
@@ -44,7 +57,7 @@ Result<StoredSnapshot::Member> StoredSnapshot::open_member(const Store& store, c
   member.bytes.resize(state.size_bytes);
   CLONE_TRY(read_at(state.fd.get(), 0, member.bytes).context(state_path));
   member.state = CLONE_TRY(as_damage(parse_state(member.bytes), state_path));
-  OpenedFile memory = CLONE_TRY(open_own(folder.get(), kMemoryName, Kind::file, memory_path));
+  OpenedFile memory = CLONE_TRY(open_own(folder_fd, kMemoryName, Kind::file, memory_path));
   if (memory.size_bytes != member.state.memory_bytes)
     return Error{memory_path + ": has " + std::to_string(memory.size_bytes) + " bytes; the guest's memory has " +
                      std::to_string(member.state.memory_bytes),
@@ -84,6 +97,7 @@ Result<std::unique_ptr<StoredSnapshot>> StoredSnapshot::open(const Store& store,
     // Only the newest one's sections count.
     parent.state.sections.clear();
     parent.bytes = {};
+    parent.folder.reset();
     chain.push_back(std::move(parent));
   }
   for (const Member& member : chain) snapshot->pieces_ = lay_over(snapshot->pieces_, pieces_of(member));
@@ -156,6 +170,39 @@ Result<void> StoredSnapshot::verify() {
     if (stray < memory_bytes)
       return damaged("is damaged: there is data at " + std::to_string(stray) + " where zeroes were saved");
   }
+  return {};
+}
+
+Result<std::optional<std::vector<std::byte>>> StoredSnapshot::read_note(std::string_view name) {
+  const std::string file = CLONE_TRY(note_file(name));
+  const std::string path = chain_.front().path + "/" + file;
+  const auto opened = open_own(chain_.front().folder.get(), file, Kind::file, path);
+  if (!opened.ok() && opened.error().code == ENOENT) return std::optional<std::vector<std::byte>>();
+  if (!opened.ok()) return opened.error();
+  if (opened->size_bytes > CLONE_SNAPSHOT_NOTE_MAX_BYTES)
+    return Error{path + ": has " + std::to_string(opened->size_bytes) + " bytes; allowed are " +
+                     std::to_string(CLONE_SNAPSHOT_NOTE_MAX_BYTES),
+                 0, CLONE_ERR_CORRUPT};
+  std::optional<std::vector<std::byte>> note(opened->size_bytes);
+  CLONE_TRY(read_at(opened->fd.get(), 0, *note).context(path));
+  return note;
+}
+
+// Without a name until it is whole. It need not outlive a crash of the host, so nothing is synced.
+Result<void> StoredSnapshot::write_note(std::string_view name, std::span<const std::byte> note) {
+  const std::string file = CLONE_TRY(note_file(name));
+  const std::string path = chain_.front().path + "/" + file;
+  if (note.size() > CLONE_SNAPSHOT_NOTE_MAX_BYTES)
+    return Error{path + ": " + std::to_string(note.size()) + " bytes given; allowed are " +
+                 std::to_string(CLONE_SNAPSHOT_NOTE_MAX_BYTES)};
+  const int folder_fd = chain_.front().folder.get();
+  const Fd fd(::openat(folder_fd, ".", O_TMPFILE | O_WRONLY | O_CLOEXEC, 0600));
+  if (!fd) return system_error().context(path);
+  CLONE_TRY(write_at(fd.get(), 0, note).context(path));
+  ::unlinkat(folder_fd, file.c_str(), 0);
+  const std::string own = "/proc/self/fd/" + std::to_string(fd.get());
+  if (::linkat(AT_FDCWD, own.c_str(), folder_fd, file.c_str(), AT_SYMLINK_FOLLOW) != 0)
+    return system_error().context(path);
   return {};
 }
 

@@ -22,7 +22,7 @@ struct Summary {
 };
 Result<Summary> read_summary(const Store& store, const std::string& name);
 
-// It needs neither store nor names once it is open: removed meanwhile, it stays as it is.
+// It needs neither store nor names once it is open: removed meanwhile, it stays as it is, but for its notes.
 class StoredSnapshot final : public clone_sdk::SnapshotImage {
  public:
   static Result<std::unique_ptr<StoredSnapshot>> open(const Store& store, const std::string& name);
@@ -35,6 +35,9 @@ class StoredSnapshot final : public clone_sdk::SnapshotImage {
   Result<clone_sdk::Reader::Section> read_section(std::string_view owner, std::string_view tag) override;
   Result<std::vector<SectionInfo>> list_sections() override;
   Result<void> verify() override;
+  // clone.snapshot-notes/1
+  Result<std::optional<std::vector<std::byte>>> read_note(std::string_view name);
+  Result<void> write_note(std::string_view name, std::span<const std::byte> note);
 
  private:
   struct Member {
@@ -42,6 +45,7 @@ class StoredSnapshot final : public clone_sdk::SnapshotImage {
     std::vector<std::byte> bytes;  // of the file `state`; the sections lie in it
     State state;
     Fd memory;
+    Fd folder;  // of the newest one, for its notes
   };
   // Guest memory and where it lies, in the file at its own offset.
   struct Piece : Extent {
