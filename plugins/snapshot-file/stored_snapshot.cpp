@@ -3,6 +3,8 @@
 #include "stored_snapshot.hpp"
 
 #include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -188,7 +190,8 @@ Result<std::optional<std::vector<std::byte>>> StoredSnapshot::read_note(std::str
   return note;
 }
 
-// Without a name until it is whole. It need not outlive a crash of the host, so nothing is synced.
+// Under another name until it is whole, which remove() takes for the snapshot's, too. It need not outlive a crash of the
+// host, so nothing is synced.
 Result<void> StoredSnapshot::write_note(std::string_view name, std::span<const std::byte> note) {
   const std::string file = CLONE_TRY(note_file(name));
   const std::string path = chain_.front().path + "/" + file;
@@ -196,14 +199,14 @@ Result<void> StoredSnapshot::write_note(std::string_view name, std::span<const s
     return Error{path + ": " + std::to_string(note.size()) + " bytes given; allowed are " +
                  std::to_string(CLONE_SNAPSHOT_NOTE_MAX_BYTES)};
   const int folder_fd = chain_.front().folder.get();
-  const Fd fd(::openat(folder_fd, ".", O_TMPFILE | O_WRONLY | O_CLOEXEC, 0600));
+  const std::string folder = "/proc/self/fd/" + std::to_string(folder_fd) + "/";
+  std::string partial = folder + file + ".XXXXXX";
+  const Fd fd(::mkostemp(partial.data(), O_CLOEXEC));
   if (!fd) return system_error().context(path);
-  CLONE_TRY(write_at(fd.get(), 0, note).context(path));
-  ::unlinkat(folder_fd, file.c_str(), 0);
-  const std::string own = "/proc/self/fd/" + std::to_string(fd.get());
-  if (::linkat(AT_FDCWD, own.c_str(), folder_fd, file.c_str(), AT_SYMLINK_FOLLOW) != 0)
-    return system_error().context(path);
-  return {};
+  Result<void> written = write_at(fd.get(), 0, note);
+  if (written.ok() && ::rename(partial.c_str(), (folder + file).c_str()) != 0) written = system_error();
+  if (!written.ok()) ::unlink(partial.c_str());
+  return std::move(written).context(path);
 }
 
 }  // namespace snapshot_file
