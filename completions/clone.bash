@@ -9,8 +9,8 @@ _clone_options() { # COMMAND: its options
         --rootfs --block --overlay --cid --vsock --plugin-dir --allow-insecure-plugins --dry-run --timing --verbose --quiet
       ;;
     fork)
-      echo --template --from --count --prepare --backend --store --ksm --no-reboot --grace --name --no-control --overlay --plugin-dir \
-        --allow-insecure-plugins --timing --verbose --quiet
+      echo --template --from --count --prepare --prefault --backend --store --ksm --no-reboot --grace --name --no-control --overlay \
+        --plugin-dir --allow-insecure-plugins --timing --verbose --quiet
       ;;
     snapshot) echo --vm-id --name --incremental --backend --store --stop ;;
     'template list' | 'template inspect') echo --json --backend --store --plugin-dir --allow-insecure-plugins ;;
@@ -94,6 +94,7 @@ _clone() {
       _clone_offer "tmpfs auto off"
       _clone_offer_files -f
       ;;
+    fork:--prefault) _clone_offer "none recorded all" ;;
     'rootfs create':--distro) _clone_offer "debian ubuntu alpine" ;;
     'rootfs create':--format) _clone_offer "raw qcow2" ;;
     'rootfs create':--from-dir) _clone_offer_files -d ;;

@@ -103,6 +103,7 @@ complete -c clone -n '__clone_in fork' -l template -s t -xa '(__clone_templates)
 complete -c clone -n '__clone_in fork' -l from -xa '(__clone_vms)' -d 'A VM that runs and goes on'
 complete -c clone -n '__clone_in fork' -l count -x -d 'So many, each a process'
 complete -c clone -n '__clone_in fork' -l prepare -x -d 'Keep so many ready for later forks'
+complete -c clone -n '__clone_in fork' -l prefault -xa 'none recorded all' -d 'Memory to map ahead'
 complete -c clone -n '__clone_in fork snapshot "template list" "template inspect" "template verify" "template rm" "template compress" "template decompress" "template flatten" "template export" "template import"' -l store -xa '(__fish_complete_directories)' -d 'Folder of the templates'
 complete -c clone -n '__clone_in fork snapshot "template list" "template inspect" "template verify" "template rm" "template compress" "template decompress" "template flatten" "template export" "template import"' -l backend -xa 'file memory' -d 'What keeps the templates'
 complete -c clone -n '__clone_in snapshot "template import"' -l name -s n -x -d 'What the template is called'

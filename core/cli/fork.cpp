@@ -4,6 +4,7 @@
 
 #include <CLI/CLI.hpp>
 #include <filesystem>
+#include <map>
 #include <optional>
 
 #include "cli/command.hpp"
@@ -32,6 +33,7 @@ struct ForkOptions {
   std::string name, vm;
   unsigned count = 1;
   std::optional<unsigned> prepare;
+  PrefaultMode prefault = PrefaultMode::recorded;
 };
 
 void add_origin_options(CLI::App& app, ForkOptions& options) {
@@ -49,6 +51,13 @@ void add_origin_options(CLI::App& app, ForkOptions& options) {
                  "begin sooner. 0 ends that.")
       ->type_name("N")
       ->check(CLI::Range(0u, kMostInPool));
+  static const std::map<std::string, PrefaultMode> modes = {
+      {"none", PrefaultMode::none}, {"recorded", PrefaultMode::recorded}, {"all", PrefaultMode::all}};
+  app.add_option("--prefault", options.prefault,
+                 "Memory to map ahead, in the background: none, recorded (what the template's first fork touched in its "
+                 "first 2 s; default), all.")
+      ->type_name("WHAT")
+      ->transform(CLI::CheckedTransformer(modes));
 }
 
 PoolKey key_of(const ForkOptions& options) { return {options.store, options.name, options.start.plugins}; }
@@ -115,6 +124,7 @@ Result<void> from_template(const SnapshotBackend& backend, const std::string& na
   origin.saved.sections = TRY(origin.image->sections());
   origin.saved.memory = TRY(origin.image->extents());
   origin.saved.template_name = name;
+  origin.saved.image = &*origin.image;
   return {};
 }
 
@@ -190,6 +200,7 @@ ExitCode Forks::start(const ForkOptions& options, Timing& timing, ShellAhead& sh
   if (!checked.ok()) return fail(checked.error(), ExitCode::usage);
   timing.mark("plugins");
   origin_.saved.shell = &shell;
+  origin_.saved.prefault = options.prefault;
   Session session(*checked, library_, timing, options.start.timing ? TimingReport::print : TimingReport::none,
                   &origin_.saved);
   session.waits_for_it(waiting);
@@ -205,6 +216,7 @@ ExitCode Forks::start_several(const ForkOptions& options, Timing& timing) {
   const auto name_of = [&](unsigned number) {
     return (given.empty() ? "fork" : given) + "-" + std::to_string(number);
   };
+  origin_.saved.prefault = options.prefault;
   return start_many(options.count, name_of, [&](unsigned number) {
     CheckedPlan own = *checked;
     if (!given.empty()) own.plan.name = name_of(number);
@@ -220,12 +232,14 @@ ExitCode Forks::keep_ready(const ForkOptions& options) {
   const auto checked = plan.ok() ? check_plan(*plan, library_) : plan.error();
   if (!checked.ok()) return fail(checked.error());
   std::optional<Shell> shell;
+  bool is_mapped = false;
   std::unique_ptr<ForkParser> parsed_by;
   const PoolMember member{
       [&]() -> Result<void> {
         parsed_by = parser();
         shell = TRY(Shell::create());
         TRY(shell->fill(plan->memory, plan->vcpus, origin_.saved));
+        is_mapped = Prefault::map_recorded(*shell->memory, *origin_.image);
         return shell->set_slots();
       },
       [&] { return is_current(options.name); },
@@ -233,6 +247,8 @@ ExitCode Forks::keep_ready(const ForkOptions& options) {
         Timing timing;
         if (const Parsed parsed = parsed_by->parse(arguments); parsed.done) return parsed.code;
         timing.mark("options");
+        PrefaultMode& prefault = parsed_by->options.prefault;
+        if (is_mapped && prefault == PrefaultMode::recorded) prefault = PrefaultMode::none;
         ShellAhead made(std::move(*shell));
         return start(parsed_by->options, timing, made, waiting);
       }};

@@ -11,6 +11,7 @@
 #include "cli/vm_option.hpp"
 #include "snapshot/copies.hpp"
 #include "snapshot/plan_sections.hpp"
+#include "vm/prefault.hpp"
 
 namespace vmm {
 namespace {
@@ -65,6 +66,21 @@ Result<void> list(const SnapshotBackend& backend, bool as_json) {
   return {};
 }
 
+// What the first fork of a template touched; nothing where that is not recorded, or cannot be read.
+std::optional<TouchedPages> recorded_pages(SnapshotImage& image, uint64_t memory_bytes) {
+  const auto note = image.read_note(kTouchedNote);
+  if (!note.ok() || !*note) return std::nullopt;
+  auto pages = decode_touched(**note, memory_bytes / kPageSize);
+  if (!pages.ok()) return std::nullopt;
+  return std::move(*pages);
+}
+
+uint64_t page_count(const std::vector<PageRun>& runs) {
+  uint64_t count = 0;
+  for (const PageRun& run : runs) count += run.count;
+  return count;
+}
+
 Result<void> inspect(const SnapshotBackend& backend, const std::string& name, bool as_json) {
   auto image = TRY(backend.open(name));
   const Sections sections = TRY(image.sections());
@@ -72,6 +88,9 @@ Result<void> inspect(const SnapshotBackend& backend, const std::string& name, bo
   uint64_t stored_bytes = 0;
   for (const MemoryExtent& extent : extents) stored_bytes += extent.size_bytes;
   const std::string_view settings = TRY(saved_profile(sections));
+  std::optional<TouchedPages> touched;
+  for (const SnapshotBackend::Entry& entry : TRY(backend.list()))
+    if (entry.name == name) touched = recorded_pages(image, entry.memory_bytes);
   if (as_json) {
     json::array rows;
     for (const auto& [key, section] : sections.all())
@@ -79,10 +98,15 @@ Result<void> inspect(const SnapshotBackend& backend, const std::string& name, bo
                                   {"tag", key.second},
                                   {"version", section.version},
                                   {"size_bytes", section.bytes.size()}});
+    json::value prefault;
+    if (touched)
+      prefault = json::object{{"read_bytes", page_count(touched->read) * kPageSize},
+                              {"written_bytes", page_count(touched->written) * kPageSize}};
     std::puts(json::serialize(json::object{{"name", name},
                                            {"profile", settings},
                                            {"mapped_bytes", stored_bytes},
                                            {"extents", extents.size()},
+                                           {"prefault", prefault},
                                            {"sections", std::move(rows)}})
                   .c_str());
     return {};
@@ -93,6 +117,10 @@ Result<void> inspect(const SnapshotBackend& backend, const std::string& name, bo
     std::printf("%-20s %-24s %7u %10zu\n", key.first.c_str(), key.second.c_str(), section.version,
                 section.bytes.size());
   std::printf("\nmemory: %s in %zu pieces\n", size_text(stored_bytes).c_str(), extents.size());
+  if (touched)
+    std::printf("a fork's first moments: %s read, %s written\n",
+                size_text(page_count(touched->read) * kPageSize).c_str(),
+                size_text(page_count(touched->written) * kPageSize).c_str());
   return {};
 }
 

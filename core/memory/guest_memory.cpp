@@ -350,6 +350,61 @@ void GuestMemory::prefault(GuestAddress start, uint64_t size_bytes) const {
   ::madvise(first - in_page, size_bytes + in_page, MADV_POPULATE_WRITE);
 }
 
+Result<TouchedPages> GuestMemory::touched() const {
+  // Linux Documentation/admin-guide/mm/pagemap.rst.
+  constexpr uint64_t in_use = 3ull << 62, of_file = 1ull << 61;
+  constexpr uint64_t most_entries = 4096;
+  const Fd pagemap(::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
+  if (!pagemap) return errno_error("/proc/self/pagemap");
+  const auto add = [](std::vector<PageRun>& runs, uint64_t page) {
+    if (!runs.empty() && runs.back().first + runs.back().count == page)
+      ++runs.back().count;
+    else
+      runs.push_back({page, 1});
+  };
+  TouchedPages pages;
+  if (!restored_) return pages;
+  std::vector<uint64_t> entries(most_entries);
+  uint64_t page = 0;
+  for (const Region& region : regions_) {
+    const uint64_t host_page = reinterpret_cast<uintptr_t>(region.host) / kPageSize;
+    for (uint64_t done = 0, left = region.size_bytes / kPageSize; left > 0;) {
+      const uint64_t count = std::min(left, most_entries);
+      if (::pread(pagemap.get(), entries.data(), count * 8, static_cast<off_t>((host_page + done) * 8)) !=
+          static_cast<ssize_t>(count * 8))
+        return errno_error("/proc/self/pagemap");
+      const std::lock_guard lock(restored_->mutex);
+      for (uint64_t i = 0; i < count; ++i, ++page)
+        if (entries[i] & in_use && !restored_->replaced[page])
+          add(entries[i] & of_file ? pages.read : pages.written, page);
+      done += count;
+      left -= count;
+    }
+  }
+  return pages;
+}
+
+bool GuestMemory::populate(PageRun run, Use use) const {
+  if (!restored_) return true;
+  const std::lock_guard lock(restored_->mutex);  // nothing is given back meanwhile
+  const auto& replaced = restored_->replaced;
+  const uint64_t end = run.first < replaced.size() ? run.first + std::min(run.count, replaced.size() - run.first) : 0;
+  uint64_t region_page = 0;
+  for (const Region& region : regions_) {
+    const uint64_t region_end = region_page + region.size_bytes / kPageSize;
+    for (uint64_t page = std::max(run.first, region_page), next = 0; page < std::min(end, region_end); page = next) {
+      for (next = page + 1; next < std::min(end, region_end) && replaced[next] == replaced[page];) ++next;
+      if (replaced[page]) continue;
+      if (::madvise(region.host + (page - region_page) * kPageSize, (next - page) * kPageSize,
+                    use == Use::write ? MADV_POPULATE_WRITE : MADV_POPULATE_READ) != 0 &&
+          errno == EINVAL)
+        return false;
+    }
+    region_page = region_end;
+  }
+  return true;
+}
+
 void GuestMemory::prefer_huge_pages(GuestAddress start, uint64_t size_bytes) const {
   for (const Region& region : regions_) {
     if (start < region.start || size_bytes > region.size_bytes ||

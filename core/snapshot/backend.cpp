@@ -89,6 +89,11 @@ Result<void> SnapshotBackend::set_compressed(const std::string& name, bool on) c
   return {};
 }
 
+// All zero for a backend that keeps none.
+clone_snapshot_notes SnapshotBackend::notes() const {
+  return copy_table(static_cast<const clone_snapshot_notes*>(type_.table.get_extension(backend_, CLONE_SNAPSHOT_NOTES)));
+}
+
 SnapshotImage::~SnapshotImage() {
   if (image_) backend_->type_.table.close(image_);
 }
@@ -178,6 +183,28 @@ Result<Sections> SnapshotImage::sections() {
 Result<void> SnapshotImage::verify() {
   TRY(backend_->call("while a snapshot was verified",
                      [&](clone_err* err) { return backend_->type_.table.verify(image_, err); }));
+  return {};
+}
+
+Result<std::optional<std::vector<std::byte>>> SnapshotImage::read_note(const std::string& name) {
+  const clone_snapshot_notes notes = backend_->notes();
+  std::optional<std::vector<std::byte>> note;
+  if (!notes.read) return note;
+  const auto take = [](void* context, const void* data, uint64_t size_bytes) {
+    const auto* bytes = static_cast<const std::byte*>(data);
+    static_cast<std::optional<std::vector<std::byte>>*>(context)->emplace(bytes, bytes + size_bytes);
+  };
+  TRY(backend_->call("while a note was read",
+                     [&](clone_err* err) { return notes.read(image_, name.c_str(), take, &note, err); }));
+  return note;
+}
+
+Result<void> SnapshotImage::write_note(const std::string& name, std::span<const std::byte> note) {
+  const clone_snapshot_notes notes = backend_->notes();
+  if (!notes.write) return Error{"this backend keeps no notes", 0, CLONE_ERR_UNSUPPORTED};
+  TRY(backend_->call("while a note was written", [&](clone_err* err) {
+    return notes.write(image_, name.c_str(), note.data(), note.size(), err);
+  }));
   return {};
 }
 

@@ -4,10 +4,12 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "clone/abi/snapshot_notes.h"
 #include "memory/guest_memory.hpp"
 #include "plugin/host_context.hpp"
 #include "plugin/library.hpp"
@@ -46,6 +48,11 @@ class SnapshotImage {
   Result<Sections> sections();
   Result<void> verify();
 
+  // A hint kept beside the snapshot (clone/abi/snapshot_notes.h); nothing where there is none, or the backend keeps
+  // none. [any], one call at a time.
+  Result<std::optional<std::vector<std::byte>>> read_note(const std::string& name);
+  Result<void> write_note(const std::string& name, std::span<const std::byte> note);
+
  private:
   friend class SnapshotBackend;
   SnapshotImage(const SnapshotBackend& backend, void* image) : backend_(&backend), image_(image) {}
@@ -77,6 +84,7 @@ class SnapshotBackend {
 
  private:
   friend class SnapshotImage;
+  clone_snapshot_notes notes() const;
   explicit SnapshotBackend(const BackendType& type)
       : type_(type), host_("snapshot-" + std::string(type.descriptor.name), context_) {}
 

@@ -108,6 +108,7 @@ Result<void> Machine::restore(Timing& timing) {
   take_kvm(shell);
   memory_ = std::move(shell.memory);
   make_vcpus(std::move(shell.vcpus));
+  prefault_ = TRY(Prefault::start(*memory_, saved_->prefault, saved_->image, saved_->memory));
   TRY(make_devices());
   timing.mark("devices");
   // Behind the devices, because what they register with KVM waits for slots that are being set.

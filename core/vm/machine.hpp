@@ -31,6 +31,7 @@
 #include "plugin/host_context.hpp"
 #include "snapshot/sections.hpp"
 #include "util/result.hpp"
+#include "vm/prefault.hpp"
 #include "vm/reclaim.hpp"
 #include "vm/shell.hpp"
 #include "vm/timing.hpp"
@@ -184,6 +185,7 @@ class Machine {
   std::list<Instance> instances_;  // the transport last
   std::unique_ptr<Reclaim> reclaim_;
   std::unique_ptr<Vcpus> vcpus_;
+  std::unique_ptr<Prefault> prefault_;
 };
 
 }  // namespace vmm

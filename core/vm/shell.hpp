@@ -15,6 +15,7 @@
 #include "memory/guest_memory.hpp"
 #include "snapshot/sections.hpp"
 #include "util/result.hpp"
+#include "vm/prefault.hpp"
 
 namespace vmm {
 
@@ -25,6 +26,8 @@ struct SavedMachine {
   Sections sections;
   std::vector<MemoryExtent> memory;
   std::string template_name;  // as its backend knows it; empty: of a machine that runs
+  SnapshotImage* image = nullptr;  // of the template, for its notes; lasts as long as the machine
+  PrefaultMode prefault = PrefaultMode::none;
   ShellAhead* shell = nullptr;  // its machine's, if one was begun
 };
 

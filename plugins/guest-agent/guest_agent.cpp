@@ -36,6 +36,10 @@ using protocol::Writer;
 
 constexpr uint64_t kFirstRetryMs = 100;
 constexpr uint64_t kLongestRetryMs = 1000;
+// In a machine that was loaded the agent is there. What the driver may end is the connection that came before its reset.
+constexpr uint64_t kFirstRetryAfterLoadMs = 1;
+// Whoever waits for a machine that was loaded has a question of their own, and comes before the agent's reports.
+constexpr uint64_t kFirstReportMs = 250;
 // A session that held this long was a good one: the next begins soon after its end.
 constexpr uint64_t kGoodSessionMs = 5000;
 // File systems take their time to write everything out.
@@ -185,19 +189,25 @@ class GuestAgent final : public clone_sdk::Device {
 };
 
 // The conversation that reports, as long as the agent is there. Before anything else, a machine that was loaded is told
-// who it is now; the clock is told to an agent that listens, so that it is not late.
+// who it is now, and reports begin a little later; the clock is told to an agent that listens, so that it is not late.
 class GuestAgent::Session final : public Conversation {
  public:
   Session(GuestAgent& device, Fd fd)
       : Conversation(device.loop_, std::move(fd), now_ms() + device.timeout_ms_),
         device_(device),
         identity_asked_(device.identity_due_) {
-    send(identity_asked_ ? hello() : hello() + watch());
+    send(identity_asked_ ? hello() : hello() + watch_frame());
   }
   void drop() { finish(); }
+  uint64_t watch_at_ms() const { return watch_at_ms_; }
+  // Has the agent report.
+  void watch() {
+    watch_at_ms_ = kNever;
+    send(watch_frame());
+  }
 
  private:
-  std::string watch() const {
+  std::string watch_frame() const {
     return protocol::make_frame(Type::watch,
                                 [&](Writer& writer) { writer.u32(static_cast<uint32_t>(device_.interval_ms_)); });
   }
@@ -206,11 +216,13 @@ class GuestAgent::Session final : public Conversation {
     if (!identity_asked_) return;
     Result<std::string> identity = device_.own_identity();
     if (!identity.ok()) return end(identity.error());
-    send(*identity + watch());
+    send(std::move(*identity));
   }
   Result<void> received(const Frame& frame) override {
     const bool failed = frame.type == Type::error;
     if ((failed || frame.type == Type::done) && std::exchange(identity_asked_, false)) {
+      watch_at_ms_ = now_ms() + kFirstReportMs;
+      set_deadline_ms(watch_at_ms_ + device_.timeout_ms_);
       device_.took_identity(failed ? protocol::read_failure(frame).message : "");
       return {};
     }
@@ -226,6 +238,7 @@ class GuestAgent::Session final : public Conversation {
 
   GuestAgent& device_;
   bool identity_asked_;  // its answer is the next
+  uint64_t watch_at_ms_ = kNever;
 };
 
 // A stream for the caller of `connect`: begun here, handed over when the agent has taken it.
@@ -360,7 +373,7 @@ Result<void> GuestAgent::resume() {
     conversation->postpone(pause_ms);
     conversation->go_on();
   }
-  retry_ms_ = kFirstRetryMs;
+  retry_ms_ = identity_due_ ? kFirstRetryAfterLoadMs : kFirstRetryMs;
   connect_at_ms_ = 0;
   wake_in(0);
   return {};
@@ -397,13 +410,14 @@ void GuestAgent::tick() {
     waiting = next;
   }
   for (Waiting& waiting : due) connect_stream(std::move(waiting));
+  if (session_ && session_->watch_at_ms() <= now) session_->watch();
   if (!session_ && connect_at_ms_ <= now) connect_session();
   std::erase_if(conversations_, [](const auto& conversation) { return conversation->over(); });
   wake_at_next_event();
 }
 
 void GuestAgent::wake_at_next_event() {
-  uint64_t next_ms = session_ ? Conversation::kNever : connect_at_ms_;
+  uint64_t next_ms = session_ ? session_->watch_at_ms() : connect_at_ms_;
   for (const auto& conversation : conversations_) next_ms = std::min(next_ms, conversation->deadline_ms());
   for (const Waiting& waiting : waiting_) next_ms = std::min(next_ms, waiting.next_ms);
   if (next_ms == Conversation::kNever) return;

@@ -8,6 +8,7 @@
 #include <filesystem>
 
 #include "clone/sdk/plugin.hpp"
+#include "clone/sdk/snapshot_notes.hpp"
 #include "compression.hpp"
 #include "new_snapshot.hpp"
 #include "stored_snapshot.hpp"
@@ -75,7 +76,7 @@ class Backend final : public clone_sdk::SnapshotBackend {
         return Error{"snapshot '" + name + "' is the parent of '" + child + "'; allowed is to remove that one first", 0,
                      CLONE_ERR_BUSY};
     for (const std::string& file : CLONE_TRY(names_in(folder.get()).context(store.path_of(name))))
-      if (std::ranges::find(kFileNames, file) == std::end(kFileNames))
+      if (!is_of_snapshot(file))
         return Error{store.path_of(name) + ": holds " + file + ", which is not a snapshot's"};
     const TemporaryFolder hidden = CLONE_TRY(store.make_temporary(name));
     if (::renameat(store.fd(), name.c_str(), store.fd(), hidden.name.c_str()) != 0) {
@@ -96,7 +97,8 @@ class Backend final : public clone_sdk::SnapshotBackend {
             return set_compressed(store, name, on != 0);
           });
         }};
-    return id == CLONE_SNAPSHOT_COMPRESSION ? &table : nullptr;
+    if (id == CLONE_SNAPSHOT_COMPRESSION) return &table;
+    return id == CLONE_SNAPSHOT_NOTES ? clone_sdk::snapshot_notes<StoredSnapshot>() : nullptr;
   }
 
  private:

@@ -121,7 +121,9 @@ Result<TemporaryFolder> Store::make_temporary(const std::string& name) const {
 }
 
 void Store::clear(int folder_fd, const std::string& name) const {
-  for (const char* file : kFileNames) ::unlinkat(folder_fd, file, 0);
+  if (const auto files = names_in(folder_fd); files.ok())
+    for (const std::string& file : *files)
+      if (is_of_snapshot(file)) ::unlinkat(folder_fd, file.c_str(), 0);
   ::unlinkat(fd(), name.c_str(), AT_REMOVEDIR);
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "files.hpp"
@@ -13,7 +14,12 @@ namespace snapshot_file {
 inline constexpr const char* kMemoryName = "memory";
 inline constexpr const char* kCompressedName = "memory.zst";
 inline constexpr const char* kStateName = "state";
-inline constexpr const char* kFileNames[] = {kMemoryName, kCompressedName, kStateName};
+inline constexpr std::string_view kNotePrefix = "note-";
+
+// Whether a file of that name is a snapshot's.
+inline bool is_of_snapshot(std::string_view name) {
+  return name == kMemoryName || name == kCompressedName || name == kStateName || name.starts_with(kNotePrefix);
+}
 
 // A folder of the store with a name that begins with '.': being made, or being removed. As long as this object holds
 // its lock, nobody clears it.

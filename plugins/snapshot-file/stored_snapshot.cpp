@@ -2,11 +2,15 @@
 // Opens a chain of snapshots, and makes one memory of theirs.
 #include "stored_snapshot.hpp"
 
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
 
+#include "clone/abi/snapshot_notes.h"
 #include "zstd_file.hpp"
 
 namespace snapshot_file {
@@ -36,6 +40,13 @@ Result<T> as_damage(Result<T> result, const std::string& path) {
   return std::move(result).context(path);
 }
 
+Result<std::string> note_file(std::string_view name) {
+  const bool known = std::all_of(name.begin(), name.end(), [](char c) { return (c >= 'a' && c <= 'z') || c == '-'; });
+  if (name.empty() || name.size() > 32 || !known)
+    return Error{"a note's name: '" + std::string(name) + "' given; allowed are 1 to 32 of a-z and -"};
+  return std::string(kNotePrefix) + std::string(name);
+}
+
 }  // namespace
 
 Result<Summary> read_summary(const Store& store, const std::string& name) {
@@ -53,8 +64,9 @@ Result<Member> open_member(const Store& store, const std::string& name) {
   member.name = name;
   member.path = store.path_of(name);
   const std::string state_path = member.path + "/" + kStateName;
-  const Fd folder = CLONE_TRY(store.open_folder(name));
-  const OpenedFile state = CLONE_TRY(open_file(store, folder.get(), name, kStateName));
+  member.folder = CLONE_TRY(store.open_folder(name));
+  const int folder_fd = member.folder.get();
+  const OpenedFile state = CLONE_TRY(open_file(store, folder_fd, name, kStateName));
   if (state.size_bytes > kMostTableBytes + kMostSectionBytes)
     return Error{state_path + ": has " + std::to_string(state.size_bytes) + " bytes; allowed are " +
                      std::to_string(kMostTableBytes + kMostSectionBytes),
@@ -62,7 +74,7 @@ Result<Member> open_member(const Store& store, const std::string& name) {
   member.bytes.resize(state.size_bytes);
   CLONE_TRY(read_at(state.fd.get(), 0, member.bytes).context(state_path));
   member.state = CLONE_TRY(as_damage(parse_state(member.bytes), state_path));
-  MemoryFile memory = CLONE_TRY(open_memory(store, folder.get(), name));
+  MemoryFile memory = CLONE_TRY(open_memory(store, folder_fd, name));
   if (!memory.is_compressed && memory.size_bytes != member.state.memory_bytes)
     return Error{member.path + "/" + kMemoryName + ": has " + std::to_string(memory.size_bytes) +
                      " bytes; the guest's memory has " + std::to_string(member.state.memory_bytes),
@@ -113,6 +125,7 @@ Result<std::unique_ptr<StoredSnapshot>> StoredSnapshot::open(const Store& store,
     // Only the newest one's sections count.
     parent.state.sections.clear();
     parent.bytes = {};
+    parent.folder.reset();
     chain.push_back(std::move(parent));
   }
   for (Member& member : chain) snapshot->pieces_ = lay_over(snapshot->pieces_, pieces_of(member));
@@ -188,6 +201,40 @@ Result<void> StoredSnapshot::verify() {
       return damaged("is damaged: there is data at " + std::to_string(stray) + " where zeroes were saved");
   }
   return {};
+}
+
+Result<std::optional<std::vector<std::byte>>> StoredSnapshot::read_note(std::string_view name) {
+  const std::string file = CLONE_TRY(note_file(name));
+  const std::string path = chain_.front().path + "/" + file;
+  const auto opened = open_own(chain_.front().folder.get(), file, Kind::file, path);
+  if (!opened.ok() && opened.error().code == ENOENT) return std::optional<std::vector<std::byte>>();
+  if (!opened.ok()) return opened.error();
+  if (opened->size_bytes > CLONE_SNAPSHOT_NOTE_MAX_BYTES)
+    return Error{path + ": has " + std::to_string(opened->size_bytes) + " bytes; allowed are " +
+                     std::to_string(CLONE_SNAPSHOT_NOTE_MAX_BYTES),
+                 0, CLONE_ERR_CORRUPT};
+  std::optional<std::vector<std::byte>> note(opened->size_bytes);
+  CLONE_TRY(read_at(opened->fd.get(), 0, *note).context(path));
+  return note;
+}
+
+// Under another name until it is whole, which remove() takes for the snapshot's, too. It need not outlive a crash of the
+// host, so nothing is synced.
+Result<void> StoredSnapshot::write_note(std::string_view name, std::span<const std::byte> note) {
+  const std::string file = CLONE_TRY(note_file(name));
+  const std::string path = chain_.front().path + "/" + file;
+  if (note.size() > CLONE_SNAPSHOT_NOTE_MAX_BYTES)
+    return Error{path + ": " + std::to_string(note.size()) + " bytes given; allowed are " +
+                 std::to_string(CLONE_SNAPSHOT_NOTE_MAX_BYTES)};
+  const int folder_fd = chain_.front().folder.get();
+  const std::string folder = "/proc/self/fd/" + std::to_string(folder_fd) + "/";
+  std::string partial = folder + file + ".XXXXXX";
+  const Fd fd(::mkostemp(partial.data(), O_CLOEXEC));
+  if (!fd) return system_error().context(path);
+  Result<void> written = write_at(fd.get(), 0, note);
+  if (written.ok() && ::rename(partial.c_str(), (folder + file).c_str()) != 0) written = system_error();
+  if (!written.ok()) ::unlink(partial.c_str());
+  return std::move(written).context(path);
 }
 
 }  // namespace snapshot_file

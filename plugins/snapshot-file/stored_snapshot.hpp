@@ -29,10 +29,11 @@ struct Member {
   State state;
   Fd memory;
   Fd compressed;  // instead of it
+  Fd folder;      // of the newest one, for its notes
 };
 Result<Member> open_member(const Store& store, const std::string& name);
 
-// It needs neither store nor names once it is open: removed meanwhile, it stays as it is.
+// It needs neither store nor names once it is open: removed meanwhile, it stays as it is, but for its notes.
 class StoredSnapshot final : public clone_sdk::SnapshotImage {
  public:
   static Result<std::unique_ptr<StoredSnapshot>> open(const Store& store, const std::string& name);
@@ -45,6 +46,9 @@ class StoredSnapshot final : public clone_sdk::SnapshotImage {
   Result<clone_sdk::Reader::Section> read_section(std::string_view owner, std::string_view tag) override;
   Result<std::vector<SectionInfo>> list_sections() override;
   Result<void> verify() override;
+  // clone.snapshot-notes/1
+  Result<std::optional<std::vector<std::byte>>> read_note(std::string_view name);
+  Result<void> write_note(std::string_view name, std::span<const std::byte> note);
 
  private:
   // Guest memory and whose file it lies in, at its own offset.

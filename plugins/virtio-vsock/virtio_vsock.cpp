@@ -296,8 +296,9 @@ void VirtioVsock::reset_queues() {
 
 Result<void> VirtioVsock::resume() {
   CLONE_TRY(backend_->resume());
-  // On the main loop, like every other look at that queue.
-  if (events_ && reset_event_due_) events_.kick();
+  // Now, not when the loop comes to it: the driver ends every stream that it knows when it takes the event, also those
+  // that were begun after the load.
+  if (events_ && reset_event_due_) serve_events();
   return {};
 }
 

@@ -14,12 +14,15 @@
 #include <fcntl.h>
 #include <glob.h>
 #include <linux/vm_sockets.h>
+#include <poll.h>
 #include <signal.h>
 #include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/inotify.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -187,15 +190,25 @@ void answer(const char* directory, char** vm) {
   posix_spawn_file_actions_addopen(&files, 0, "/dev/null", O_RDONLY, 0);
   posix_spawn_file_actions_addopen(&files, 1, "/dev/null", O_WRONLY, 0);
   static pid_t process;
+  mkdir(directory, 0700);
+  const int watcher = inotify_init1(IN_NONBLOCK);
+  if (inotify_add_watch(watcher, directory, IN_CREATE) < 0) die(directory);
   const double before = now_ms();
   if (posix_spawnp(&process, vm[0], &files, nullptr, vm, environ) != 0) die(vm[0]);
   atexit([] {
     kill(process, SIGKILL);
     waitpid(process, nullptr, 0);
   });
-  while (!there_is("console.sock")) {  // which is made when control.sock listens
+  // Looking again and again would take the only processor from the VM.
+  const auto watch_vms = [&] {
+    if (there_is(".")) inotify_add_watch(watcher, found.gl_pathv[0], IN_CREATE);
+  };
+  while (watch_vms(), !there_is("console.sock")) {  // which is made when control.sock listens
+    pollfd change{watcher, POLLIN, 0};
+    poll(&change, 1, 100);
+    while (read(watcher, block, sizeof block) > 0) {
+    }
     if (waitpid(process, nullptr, WNOHANG) != 0) die("the VM has ended");
-    usleep(1000);
   }
   if (!there_is("control.sock")) die("control.sock");
   given ? start(ask) : exec_true(dial_path(found.gl_pathv[0]));

@@ -28,6 +28,7 @@ class VmmProcess {
   VmmProcess& operator=(const VmmProcess&) = delete;
   ~VmmProcess();
 
+  pid_t pid() const { return pid_; }
   // False when it ends, or time passes, without that in its output.
   bool wait_for(const std::string& text);
   // The next whole line of its output with that in it, from there on; lines before it are passed over.

@@ -335,3 +335,60 @@ TEST_CASE("memory: what a restored one holds anew is known") {
   }
   CHECK(!make(64 * kMiB).changed_pages().ok());
 }
+
+TEST_CASE("memory: what of a restored one was read, written or given back is told, and mapped ahead") {
+  constexpr uint64_t pages = 256;
+  const Fd file(::memfd_create("snapshot", MFD_CLOEXEC));
+  REQUIRE(::ftruncate(file.get(), static_cast<off_t>(pages * kPageSize)) == 0);
+  for (uint64_t page = 0; page < pages; ++page)
+    REQUIRE(::pwrite(file.get(), &page, sizeof page, static_cast<off_t>(page * kPageSize)) == sizeof page);
+  const MemoryExtent whole{file.get(), 0, 0, pages * kPageSize};
+  const auto restore = [&] {
+    auto memory = GuestMemory::restore({.size_bytes = pages * kPageSize, .mergeable = false}, {&whole, 1});
+    REQUIRE(memory.ok());
+    return std::move(*memory);
+  };
+  const auto has = [](const std::vector<PageRun>& runs, uint64_t page) {
+    return std::any_of(runs.begin(), runs.end(),
+                       [&](const PageRun& run) { return page >= run.first && page < run.first + run.count; });
+  };
+  GuestMemory memory = restore();
+  auto touched = memory.touched();
+  REQUIRE(touched.ok());
+  CHECK(touched->read.empty());
+  CHECK(touched->written.empty());
+  CHECK(*memory.load<uint64_t>({3 * kPageSize}) == 3);
+  REQUIRE(memory.store<uint64_t>({100 * kPageSize}, 1));
+  REQUIRE(memory.store<uint64_t>({101 * kPageSize}, 1));
+  REQUIRE(memory.store<uint64_t>({200 * kPageSize}, 1));
+  REQUIRE(memory.discard({200 * kPageSize}, kPageSize));
+  touched = memory.touched();
+  REQUIRE(touched.ok());
+  CHECK(has(touched->read, 3));
+  REQUIRE(touched->written.size() == 1);
+  CHECK(touched->written.front().first == 100);
+  CHECK(touched->written.front().count == 2);
+
+  GuestMemory warm = restore();
+  REQUIRE(warm.discard({11 * kPageSize}, kPageSize));
+  if (!warm.populate({10, 4}, GuestMemory::Use::write)) return;  // a host before Linux 5.14
+  CHECK(warm.populate({20, 2}, GuestMemory::Use::read));
+  CHECK(warm.populate({pages - 1, 7}, GuestMemory::Use::write));
+  CHECK(warm.populate({pages + 5, ~uint64_t{0}}, GuestMemory::Use::write));
+  touched = warm.touched();
+  REQUIRE(touched.ok());
+  for (const uint64_t page : {10, 12, 13, 255}) {
+    CHECK(has(touched->written, page));
+    CHECK(*warm.load<uint64_t>({page * kPageSize}) == page);
+  }
+  for (const uint64_t page : {20, 21}) CHECK(has(touched->read, page));
+  uint64_t written = 0;
+  for (const PageRun& run : touched->written) written += run.count;
+  CHECK(written == 4);
+  CHECK(*warm.load<uint64_t>({11 * kPageSize}) == 0);
+  // Memory that is not restored has none of it.
+  GuestMemory plain = make(kMiB);
+  REQUIRE(plain.store<uint64_t>({0}, 1));
+  CHECK(plain.populate({0, 4}, GuestMemory::Use::write));
+  CHECK(plain.touched()->written.empty());
+}
