@@ -134,21 +134,29 @@ bool Prefault::map(std::span<const PageRun> runs, GuestMemory::Use use) {
 }
 
 bool Prefault::map_recorded(const GuestMemory& memory, SnapshotImage& image) {
-  return Prefault(memory, &image).map_recorded();
+  Prefault prefault(memory, &image);
+  const auto pages = prefault.recorded();
+  if (pages) prefault.map_all_of(*pages);
+  return pages.has_value();
 }
 
-bool Prefault::map_recorded() {
+std::optional<TouchedPages> Prefault::recorded() const {
   const auto note = image_->read_note(kTouchedNote);
   if (!note.ok()) log_debug(note.error().message);
-  if (!note.ok() || !*note) return false;
-  const auto pages = decode_touched(**note, memory_.size_bytes() / kPageSize);
-  if (!pages.ok()) log_debug(pages.error().message);
-  // The copies first: they are what a vCPU would wait for longest.
-  return pages.ok() && map(pages->written, GuestMemory::Use::write) && map(pages->read, GuestMemory::Use::read);
+  if (!note.ok() || !*note) return std::nullopt;
+  auto pages = decode_touched(**note, memory_.size_bytes() / kPageSize);
+  if (pages.ok()) return std::move(*pages);
+  log_debug(pages.error().message);
+  return std::nullopt;
+}
+
+// The copies first: they are what a vCPU would wait for longest.
+void Prefault::map_all_of(const TouchedPages& pages) {
+  if (map(pages.written, GuestMemory::Use::write)) map(pages.read, GuestMemory::Use::read);
 }
 
 void Prefault::map_recorded_or_record() {
-  if (map_recorded()) return;
+  if (const auto pages = recorded()) return map_all_of(*pages);
   {
     std::unique_lock lock(mutex_);
     if (wake_.wait_for(lock, kFirstMoments, [this] { return stopped_; })) return;

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -35,7 +36,7 @@ class Prefault {
   // What it works on lasts as long as it, but for `extents`; `image` may be NULL.
   static Result<std::unique_ptr<Prefault>> start(const GuestMemory& memory, PrefaultMode mode, SnapshotImage* image,
                                                  std::span<const MemoryExtent> extents);
-  // Maps what is recorded, and returns when that is done. False: nothing is, or not all could be.
+  // Maps what is recorded, and returns when that is done. False: nothing is recorded.
   static bool map_recorded(const GuestMemory& memory, SnapshotImage& image);
   Prefault(const Prefault&) = delete;
   Prefault& operator=(const Prefault&) = delete;
@@ -45,7 +46,8 @@ class Prefault {
  private:
   Prefault(const GuestMemory& memory, SnapshotImage* image) : memory_(memory), image_(image) {}
 
-  bool map_recorded();
+  std::optional<TouchedPages> recorded() const;
+  void map_all_of(const TouchedPages& pages);
   void map_recorded_or_record();
   Result<void> record() const;
   void map_all();
