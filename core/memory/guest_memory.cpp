@@ -13,6 +13,7 @@
 #include <fstream>
 #include <string>
 
+#include "memory/pagemap.hpp"
 #include "memory/usage.hpp"
 
 namespace vmm {
@@ -300,28 +301,20 @@ Result<void> GuestMemory::visit_pages(
 
 Result<PageSet> GuestMemory::changed_pages() const {
   if (!restored_) return Error{"memory that was not restored"};
-  // (Linux Documentation/admin-guide/mm/pagemap.rst) What is there, or swapped out, and is no page of a file is a copy.
-  constexpr uint64_t in_use = 3ull << 62, of_file = 1ull << 61;
-  const Fd pagemap(::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
-  if (!pagemap) return errno_error("/proc/self/pagemap");
   const std::lock_guard lock(restored_->mutex);
   PageSet changed;
-  std::vector<uint64_t> entries(kPagesInWord * 256);
   uint64_t region_page = 0;
   for (const Region& region : regions_) {
     const uint64_t pages = region.size_bytes / kPageSize;
-    const uint64_t first = reinterpret_cast<uintptr_t>(region.host) / kPageSize;
-    for (uint64_t done = 0; done < pages; done += entries.size()) {
-      const uint64_t count = std::min<uint64_t>(entries.size(), pages - done);
-      if (::pread(pagemap.get(), entries.data(), count * 8, static_cast<off_t>((first + done) * 8)) !=
-          static_cast<ssize_t>(count * 8))
-        return errno_error("/proc/self/pagemap");
-      std::vector<uint64_t> words((count + kPagesInWord - 1) / kPagesInWord);
-      for (uint64_t page = 0; page < count; ++page)
-        if (((entries[page] & in_use) && !(entries[page] & of_file)) || restored_->replaced[region_page + done + page])
-          words[page / kPagesInWord] |= 1ull << page % kPagesInWord;
-      changed.add(region_page + done, words);
-    }
+    std::vector<uint64_t> words((pages + kPagesInWord - 1) / kPagesInWord);
+    const auto add = [&](uint64_t offset, uint64_t size_bytes) {
+      for (uint64_t page = offset / kPageSize; page < (offset + size_bytes) / kPageSize; ++page)
+        words[page / kPagesInWord] |= 1ull << page % kPagesInWord;
+    };
+    TRY(find_own_pages({region.host, region.size_bytes}, add));
+    for (uint64_t page = 0; page < pages && restored_->ranges; ++page)
+      if (restored_->replaced[region_page + page]) add(page * kPageSize, kPageSize);
+    changed.add(region_page, words);
     region_page += pages;
   }
   return changed;

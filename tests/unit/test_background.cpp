@@ -83,9 +83,9 @@ TEST_CASE("background work: success, an error and a sudden death are told") {
   CHECK(stage.told->error().message == "the process that did it ended with status 3");
   Pipe pipe;
   work = stage.start([&] { return work_for_ever(pipe.write_end.get()); }, pipe.write_end.get());
-  ::kill(pipe.child(), SIGTERM);
+  ::kill(pipe.child(), SIGKILL);
   stage.run();
-  CHECK(stage.told->error().message == "the process that did it ended by signal 15");
+  CHECK(stage.told->error().message == "the process that did it ended by signal 9");
 }
 
 TEST_CASE("background work: who gives it up leaves no process, and none that nobody has waited for") {

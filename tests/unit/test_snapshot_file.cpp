@@ -946,7 +946,8 @@ TEST_CASE("snapshot file: damage is not compressed, and compressed memory is not
   Bytes other = exact;
   other[0] = std::byte{7};
   refused(zstd_of(other), "is damaged: its checksum is another");
-  for (size_t place = 4; place < good.size(); place += 3) {
+  // The first bytes say how the frame is to be read: another way may lead to the same content.
+  for (size_t place = 6; place < good.size(); ++place) {
     Bytes flipped = good;
     flipped[place] ^= std::byte{0x10};
     replace(compressed, flipped);
