@@ -43,7 +43,7 @@ struct Stage {
     CHECK(answer.errors == 0);
     return answer;
   }
-  // Each of its processors wrote to all of its pages, and found there what it had written before, at least twice since then.
+  // Each of its processors wrote to all of its pages, and found there what it had written before, at least twice since.
   static Answer goes_on(VmmProcess& vm) {
     const Answer before = ask(vm);
     for (;;) {

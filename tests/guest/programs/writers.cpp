@@ -57,8 +57,7 @@ void write(uint32_t number) {
   const uint64_t start = kStart + number * kPages * kPageBytes;
   uint64_t last_generation = 0;
   while (!end) {
-    // A fork has another one from its first instruction on. What is written in the pass under way is still the old one's:
-    // whichever machine wrote it, it wrote the same.
+    // A fork has another one from its first instruction on. What it writes in the pass under way is still the old one's.
     const uint64_t generation = at<uint64_t>(kGeneration);
     for (uint64_t address = start; address < start + kPages * kPageBytes; address += kPageBytes) {
       volatile uint64_t& word = at<uint64_t>(address);
