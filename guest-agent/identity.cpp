@@ -128,8 +128,15 @@ long add_entropy(const Reader::Text& bytes, Message& what) {
   return result;
 }
 
+// What is told was true when it was sent. A clock that is ahead of that by less than a message takes may well be right, as
+// that of a fork of a machine whose clock was, and is not put back.
 long set_clock(uint64_t nanoseconds, Message& what) {
+  constexpr uint64_t longest_way_ns = 20'000'000;
   what << "clock: ";
+  __kernel_timespec now{};
+  sys::call(__NR_clock_gettime, 0 /* CLOCK_REALTIME */, sys::word(&now));
+  const uint64_t now_ns = static_cast<uint64_t>(now.tv_sec) * 1000000000 + static_cast<uint64_t>(now.tv_nsec);
+  if (now_ns >= nanoseconds && now_ns - nanoseconds <= longest_way_ns) return 0;
   const __kernel_timespec time{static_cast<long>(nanoseconds / 1000000000),
                                static_cast<long>(nanoseconds % 1000000000)};
   return sys::call(__NR_clock_settime, 0 /* CLOCK_REALTIME */, sys::word(&time));

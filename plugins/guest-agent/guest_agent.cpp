@@ -49,6 +49,23 @@ constexpr uint64_t kLongestWaitMs = 600'000;
 constexpr size_t kMostConversations = 512;
 constexpr uint32_t kWarnings = 3;
 constexpr uint32_t kUnknown = ~0u;
+// A guest is told the time again when its answer took longer: for as long may the time have been on its way.
+constexpr uint64_t kClockToleranceMs = 20;
+constexpr uint32_t kTimesToldAtOnce = 3;
+constexpr uint32_t kMostTimesTold = 20;
+
+uint64_t host_clock_ns() {
+  timespec now;
+  ::clock_gettime(CLOCK_REALTIME, &now);
+  return static_cast<uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(now.tv_nsec);
+}
+
+std::string clock_frame() {
+  return protocol::make_frame(Type::identity, [](Writer& writer) {
+    writer.u32(protocol::kIdentityClock);
+    writer.u64(host_clock_ns());
+  });
+}
 
 // The caller of a command, answered once; nobody where the VMM itself asks.
 class Caller {
@@ -189,7 +206,8 @@ class GuestAgent final : public clone_sdk::Device {
 };
 
 // The conversation that reports, as long as the agent is there. Before anything else, a machine that was loaded is told
-// who it is now, and reports begin a little later; the clock is told to an agent that listens, so that it is not late.
+// who it is now, and reports begin a little later; the clock is told to an agent that listens, and again while it may
+// have been late: at once at first, then after each report.
 class GuestAgent::Session final : public Conversation {
  public:
   Session(GuestAgent& device, Fd fd)
@@ -216,14 +234,24 @@ class GuestAgent::Session final : public Conversation {
     if (!identity_asked_) return;
     Result<std::string> identity = device_.own_identity();
     if (!identity.ok()) return end(identity.error());
-    send(std::move(*identity));
+    tell_time(*identity);
+  }
+  void tell_time(const std::string& frame) {
+    ++times_told_;
+    told_ms_ = now_ms();
+    answer_due_ = true;
+    send(frame);
   }
   Result<void> received(const Frame& frame) override {
     const bool failed = frame.type == Type::error;
-    if ((failed || frame.type == Type::done) && std::exchange(identity_asked_, false)) {
-      watch_at_ms_ = now_ms() + kFirstReportMs;
-      set_deadline_ms(watch_at_ms_ + device_.timeout_ms_);
-      device_.took_identity(failed ? protocol::read_failure(frame).message : "");
+    if ((failed || frame.type == Type::done) && std::exchange(answer_due_, false)) {
+      was_late_ = !failed && now_ms() - told_ms_ > kClockToleranceMs && times_told_ < kMostTimesTold;
+      if (device_.identity_due_) {
+        watch_at_ms_ = now_ms() + kFirstReportMs;
+        set_deadline_ms(watch_at_ms_ + device_.timeout_ms_);
+        device_.took_identity(failed ? protocol::read_failure(frame).message : "");
+      }
+      if (times_told_ < kTimesToldAtOnce && std::exchange(was_late_, false)) tell_time(clock_frame());
       return {};
     }
     if (failed) return Error{"watch: " + protocol::read_failure(frame).message};
@@ -232,13 +260,18 @@ class GuestAgent::Session final : public Conversation {
     if (!report) return Error{"the agent sent a report that is too short"};
     set_deadline_ms(now_ms() + device_.timeout_ms_ + 2 * device_.interval_ms_);
     device_.reported(*report);
+    if (std::exchange(was_late_, false)) tell_time(clock_frame());
     return {};
   }
   void ended(const Error& why) override { device_.lost(why); }
 
   GuestAgent& device_;
-  bool identity_asked_;  // its answer is the next
+  const bool identity_asked_;
   uint64_t watch_at_ms_ = kNever;
+  bool answer_due_ = false;  // to what told the time, and maybe more
+  bool was_late_ = false;
+  uint64_t told_ms_ = 0;
+  uint32_t times_told_ = 0;
 };
 
 // A stream for the caller of `connect`: begun here, handed over when the agent has taken it.
@@ -660,12 +693,6 @@ Result<std::string> from_hex(std::string_view hex) {
   if (hex.size() % 2 || bytes.size() != hex.size() / 2 || bytes.empty() || bytes.size() > 4096)
     return Error{"entropy: allowed are 1 to 4096 bytes as hexadecimal digits"};
   return bytes;
-}
-
-uint64_t host_clock_ns() {
-  timespec now;
-  ::clock_gettime(CLOCK_REALTIME, &now);
-  return static_cast<uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(now.tv_nsec);
 }
 
 Result<std::string> identity_frame(const Parameters& parameters) {

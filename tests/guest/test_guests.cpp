@@ -2,11 +2,13 @@
 // Bare guests run by `clone run` with the plugins of the build tree. A guest prints "FAILED …" for what it finds wrong.
 #include <doctest/doctest.h>
 
+#include <linux/kvm.h>
 #include <signal.h>
 #include <sys/stat.h>
 #include <time.h>
 
 #include <algorithm>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -14,6 +16,7 @@
 #include <thread>
 
 #include "scratch_dir.hpp"
+#include "tests/fuzz/snapshot_seal.hpp"
 #include "vmm_process.hpp"
 
 using namespace std::chrono_literals;
@@ -233,6 +236,13 @@ TEST_CASE("a guest that does not obey is stopped") {
 
 namespace {
 
+std::vector<std::string> entries(const std::string& folder) {
+  std::vector<std::string> names;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) names.push_back(entry.path().filename());
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
 // The guest `continued` and its forks, in a runtime directory and a store of their own.
 struct ForkStage {
   struct Answer {
@@ -249,6 +259,13 @@ struct ForkStage {
     return arguments;
   }
   VmmResult command(const std::vector<std::string>& arguments) const { return run_command(with_store(arguments)); }
+
+  // That have a directory; what is hidden there is for all.
+  size_t machines() const {
+    auto names = entries(dir.path() + "/run");
+    std::erase_if(names, [](const std::string& name) { return name.starts_with('.'); });
+    return names.size();
+  }
 
   // Timer, serial line, virtio device and memory of a guest, asked of itself.
   static Answer ask(VmmProcess& vm) {
@@ -389,6 +406,52 @@ TEST_CASE("a snapshot that is damaged, or is not there, is refused in one line")
   CHECK(stage.command({"fork", "--template", "base"}).status == 1);
 }
 
+TEST_CASE("a snapshot of another machine's processor is refused by what this one lacks") {
+  const ForkStage stage;
+  {
+    VmmProcess source("continued", {"--mem", "64M", "--name", "source"});
+    REQUIRE(source.wait_for("ready\n"));
+    REQUIRE(stage.command({"snapshot", "--name", "base", "--stop", "source"}).status == 0);
+  }
+  const std::string path = stage.dir.path() + "/store/base/state";
+  const std::string whole = read_file(path);
+  std::vector<std::byte> state(whole.size());
+  std::memcpy(state.data(), whole.data(), whole.size());
+
+  using namespace snapshot_file;
+  HeaderRecord header;
+  std::memcpy(&header, state.data(), sizeof header);
+  size_t place = sizeof header + header.section_count * sizeof(SectionRecord) + header.extent_count * sizeof(Extent);
+  unsigned changed = 0;
+  for (uint32_t number = 0; number < header.section_count; ++number) {
+    SectionRecord record;
+    std::memcpy(&record, state.data() + sizeof header + number * sizeof record, sizeof record);
+    if (record.owner == std::string("kvm") && record.tag == std::string("vcpu.0.cpuid"))
+      for (size_t at = place; at < place + record.size_bytes; at += sizeof(kvm_cpuid_entry2)) {
+        kvm_cpuid_entry2 leaf;
+        std::memcpy(&leaf, state.data() + at, sizeof leaf);
+        // Either maker's processors lack the other's.
+        if (leaf.function == 7 && leaf.index == 0) leaf.edx |= 1u << 24, ++changed;
+        if (leaf.function == 0x8000'0001) leaf.ecx |= 1u << 6, ++changed;
+        std::memcpy(state.data() + at, &leaf, sizeof leaf);
+      }
+    place += record.size_bytes;
+  }
+  REQUIRE(changed == 2);
+  seal(state);
+  std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(state.data()),
+                                              static_cast<std::streamsize>(state.size()));
+  CHECK(stage.command({"template", "verify", "base"}).output == "base: whole\n");
+  const VmmResult result = stage.command({"fork", "--template", "base"});
+  CHECK(result.status == 1);
+  CHECK(result.output == "");
+  const size_t named = result.errors.find("the snapshot's processor has what this host lacks: ");
+  REQUIRE(named != std::string::npos);
+  CHECK((result.errors.find("AMX-TILE", named) != std::string::npos ||
+         result.errors.find("SSE4A", named) != std::string::npos));
+  CHECK(std::count(result.errors.begin(), result.errors.end(), '\n') == 1);
+}
+
 TEST_CASE("a fork that is killed at any moment leaves nothing behind") {
   const ForkStage stage;
   const std::string disk = stage.dir.write("disk", std::string(kDiskBytes, '\xaa'));
@@ -399,12 +462,6 @@ TEST_CASE("a fork that is killed at any moment leaves nothing behind") {
   }
   ::setenv("HOME", (stage.dir.path() + "/home").c_str(), 1);
   std::filesystem::create_directory(stage.dir.path() + "/home");
-  const auto entries = [](const std::string& folder) {
-    std::vector<std::string> names;
-    for (const auto& entry : std::filesystem::directory_iterator(folder)) names.push_back(entry.path().filename());
-    std::sort(names.begin(), names.end());
-    return names;
-  };
   const auto templates = entries(stage.dir.path() + "/store");
   for (int delay_ms = 0; delay_ms < 30; ++delay_ms) {
     VmmProcess vm(stage.with_store({"fork", "--template", "base"}));
@@ -414,14 +471,51 @@ TEST_CASE("a fork that is killed at any moment leaves nothing behind") {
   }
   VmmProcess last(stage.with_store({"fork", "--template", "base", "--name", "last"}));
   (void)stage.ask(last);
-  // What the dead left is cleared when another starts: there is its directory, and what is hidden there is for all.
-  auto machines = entries(stage.dir.path() + "/run");
-  std::erase_if(machines, [](const std::string& name) { return name.starts_with('.'); });
-  CHECK(machines.size() == 1);
+  // What the dead left is cleared when another starts.
+  CHECK(stage.machines() == 1);
   CHECK(entries(stage.dir.path() + "/store") == templates);
   CHECK(entries(stage.dir.path() + "/home/.clone/overlays").empty());
   stage.ends_well(last);
   CHECK((read_file(disk) == std::string(kDiskBytes, '\xaa')));
+}
+
+TEST_CASE("a fork that is killed at any moment leaves nothing in the machine that it was made of") {
+  for (const std::string backing : {"anonymous", "memfd"}) {
+    CAPTURE(backing);
+    const ForkStage stage;
+    VmmProcess source("continued",
+                      {"--mem", "64M", "--mem-backing", backing, "--name", "source", "--cmdline", "mib=32"});
+    REQUIRE(source.wait_for("ready\n"));
+    const std::string process = "/proc/" + std::to_string(source.id());
+    const auto held = [&] {
+      const std::string children = process + "/task/" + std::to_string(source.id()) + "/children";
+      return std::pair(entries(process + "/fd").size(), read_file(children));
+    };
+    const auto first = stage.ask(source);
+    {
+      VmmProcess whole({"fork", "--from", "source"});
+      stage.ends_well(whole);
+    }
+    const auto before = held();
+    for (int delay_ms = 0; delay_ms < 60; delay_ms += 4) {
+      CAPTURE(delay_ms);
+      VmmProcess vm({"fork", "--from", "source"});
+      std::this_thread::sleep_for(std::chrono::milliseconds(delay_ms));
+      vm.signal(SIGKILL);
+      const VmmResult result = vm.finish();
+      // The memory is still being copied for the one before, which nobody waits for any more.
+      const bool busy = result.status == 1 && result.errors.find("this VM is busy with a fork") != std::string::npos;
+      CHECK((busy || result.status == 128 + SIGKILL));
+    }
+    const auto end = std::chrono::steady_clock::now() + 10s;
+    while (held() != before && std::chrono::steady_clock::now() < end) std::this_thread::sleep_for(10ms);
+    CHECK(held() == before);
+    CHECK(stage.ask(source).ticks > first.ticks);
+    VmmProcess last({"fork", "--from", "source", "--name", "last"});
+    (void)stage.ask(last);
+    CHECK(stage.machines() == 2);
+    for (VmmProcess* vm : {&source, &last}) stage.ends_well(*vm);
+  }
 }
 
 TEST_CASE("forks of machines with several processors and much memory") {
