@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cli/command.hpp"
+#include "cli/device_help.hpp"
 #include "cli/machine_options.hpp"
 #include "cli/many.hpp"
 #include "cli/template_option.hpp"
@@ -75,10 +76,11 @@ ExitCode fork_command(const Arguments& arguments) {
     if (is_setting_of_forks(setting)) add_setting(app, setting, options.settings);
   add_start_options(app, options);
   if (const Parsed parsed = parse_settings(app, arguments, *catalogue); parsed.done) return parsed.code;
+  PluginLibrary library(*catalogue);
+  if (const auto printed = print_device_help(library, options.settings)) return *printed;
   if (name.empty() == vm.empty()) return fail(Error{"give one of --template NAME and --from VM"}, ExitCode::usage);
   apply_verbosity(options);
 
-  PluginLibrary library(*catalogue);
   std::unique_ptr<SnapshotBackend> backend;  // lasts longer than its image
   Origin origin;
   if (name.empty()) {
@@ -96,6 +98,8 @@ ExitCode fork_command(const Arguments& arguments) {
   auto plan = make_plan(*profile, options.settings);
   if (!plan.ok()) return fail(plan.error(), ExitCode::usage);
   plan->complete = true;  // the guest knows of no others
+  // Those that the profile does not have come from the command line.
+  for (PlannedDevice& device : plan->devices) device.is_new = device.where.empty();
   timing.mark("plan");
   auto checked = check_plan(*plan, library);
   if (!checked.ok()) return fail(checked.error(), ExitCode::usage);
