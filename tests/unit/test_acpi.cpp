@@ -181,7 +181,7 @@ TEST_CASE("acpi: iasl reads what plugins add, and compiles it to the same bytes"
        {"Device (VGEN)", "Notify (VGEN, 0x80)", "\"ACPI0013\"", "Device (SLTS)", "Name (_HID, \"ACPI0004\"",
         "OperationRegion (TAKN, SystemIO, 0x0680, 0x04)", "Field (TAKN, DWordAcc, NoLock, Preserve)", "T014,   1",
         "Device (S000)", "Device (S014)", "Method (_STA, 0, NotSerialized)", "Return ((T014 * 0x0F))", "0x00000200,",
-        "Notify (SLTS, 0x00) // Bus Check"}) {
+        "Notify (SLTS, Zero)"}) {
     CAPTURE(line);
     CHECK(source.find(line) != source.npos);
   }
