@@ -28,7 +28,7 @@ struct IdentityPage {
   uint8_t seed[32];
   char name[64] = {};
 };
-constexpr uint32_t kGenerationId = CLONE_IDENTITY_PAGE + offsetof(IdentityPage, generation_id);
+constexpr uint16_t kGenerationId = CLONE_IDENTITY_PAGE + offsetof(IdentityPage, generation_id);
 static_assert(sizeof(IdentityPage) == 136 && kGenerationId % 8 == 0);
 
 // A PC's for its coprocessor: given to nobody who asks for any, and in a fork the one that the guest was told of.
@@ -41,7 +41,7 @@ constexpr uint32_t kStateVersion = 1;
 
 aml::Code generation_counter() {
   const aml::Code zero(1, '\0');
-  const aml::Code address = aml::sized("\x12", "\x02\x0c" + aml::dword(kGenerationId) + zero);  // {low half, high half}
+  const aml::Code address = aml::sized("\x12", "\x02\x0b" + aml::word(kGenerationId) + zero);  // {low half, high half}
   return aml::device("VGEN", aml::name("_HID", aml::text("CLNE0001")) + aml::name("_CID", aml::text("VM_Gen_Counter")) +
                                  aml::name("_DDN", aml::text("VM_Gen_Counter")) + aml::name("ADDR", address));
 }

@@ -58,7 +58,7 @@ TEST_CASE("vmgenid: ACPI describes a generation counter and a device that tells 
     return std::ranges::search(m.host.acpi_aml, part).begin() != m.host.acpi_aml.end();
   };
   for (const char* name : {"_CID", "_DDN"}) CHECK(has(aml::name(name, aml::string("VM_Gen_Counter"))));
-  const std::string_view halves("\x02\x0c\x10\x60\x00\x00\x00", 7);  // two of them: 0x6010 and zero
+  const std::string_view halves("\x02\x0b\x10\x60\x00", 5);  // two of them: 0x6010 and zero
   const auto package = std::as_bytes(std::span(halves));
   CHECK(has({package.begin(), package.end()}));
   CHECK(has(aml::name("_HID", aml::string("ACPI0013"))));
