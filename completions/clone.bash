@@ -9,8 +9,8 @@ _clone_options() { # COMMAND: its options
         --rootfs --block --overlay --cid --vsock --plugin-dir --allow-insecure-plugins --dry-run --timing --verbose --quiet
       ;;
     fork)
-      echo --template --from --count --prepare --prefault --backend --store --ksm --no-reboot --grace --name --no-control --overlay \
-        --plugin-dir --allow-insecure-plugins --timing --verbose --quiet
+      echo --template --from --count --prepare --prefault --backend --store --ksm --no-reboot --grace --name --no-control --device \
+        --rootfs --block --overlay --plugin-dir --allow-insecure-plugins --timing --verbose --quiet
       ;;
     snapshot) echo --vm-id --name --incremental --backend --store --stop ;;
     'template list' | 'template inspect') echo --json --backend --store --plugin-dir --allow-insecure-plugins ;;
@@ -79,7 +79,7 @@ _clone() {
   case $command:$previous in
     *:--vm-id | fork:--from) _clone_offer "$(_clone_vms "$program")" ;;
     fork:--template | fork:-t) _clone_offer "$(_clone_templates "$program")" ;;
-    run:--kernel | run:--initrd | run:--profile | run:--rootfs | run:--block) _clone_offer_files -f ;;
+    run:--kernel | run:--initrd | run:--profile | run:--rootfs | run:--block | fork:--rootfs | fork:--block) _clone_offer_files -f ;;
     run:--modules | *:--plugin-dir | *:--store) _clone_offer_files -d ;;
     *:--backend) _clone_offer "$(_clone_provided "$program" snapshot-backend)" ;;
     run:--boot-protocol) _clone_offer "auto linux64 pvh" ;;
@@ -89,7 +89,7 @@ _clone() {
     run:--vsock) _clone_offer "auto vhost user" ;;
     run:--transport) _clone_offer "$(_clone_provided "$program" transport)" ;;
     run:--balloon-policy) _clone_offer "$(_clone_provided "$program" balloon-policy) none" ;;
-    run:--device | run:--without) _clone_offer "$(_clone_provided "$program" device)" ;;
+    run:--device | run:--without | fork:--device) _clone_offer "$(_clone_provided "$program" device)" ;;
     run:--overlay | fork:--overlay)
       _clone_offer "tmpfs auto off"
       _clone_offer_files -f

@@ -3,6 +3,7 @@
 #include "cli/device_help.hpp"
 
 #include <algorithm>
+#include <cstdio>
 
 #include "plugin/options.hpp"
 
@@ -25,8 +26,9 @@ std::string option_table(const clone_descriptor& descriptor) {
   return text.empty() ? "  It has no options.\n" : text;
 }
 
-std::optional<Result<std::string>> device_help(PluginLibrary& library, const std::string& kind,
-                                               const std::string& value) {
+namespace {
+
+std::optional<Result<std::string>> help_of(PluginLibrary& library, const std::string& kind, const std::string& value) {
   auto named = parse_named_options(value);
   if (!named.ok()) return std::nullopt;
   const bool asked = std::any_of(named->options.begin(), named->options.end(),
@@ -48,6 +50,21 @@ std::optional<Result<std::string>> device_help(PluginLibrary& library, const std
   auto type = library.device(named->name);
   if (!type.ok()) return Result<std::string>(std::move(type).error());
   return Result<std::string>(render(*type));
+}
+
+}  // namespace
+
+std::optional<ExitCode> print_device_help(PluginLibrary& library, const std::vector<GivenSetting>& settings) {
+  for (const GivenSetting& given : settings) {
+    const std::string& kind = given.setting->name;
+    if (kind != "device" && kind != "transport" && kind != "balloon-policy") continue;
+    const auto help = help_of(library, kind, given.value);
+    if (!help) continue;
+    if (!help->ok()) return fail(help->error(), ExitCode::usage);
+    std::fputs(help->value().c_str(), stdout);
+    return ExitCode::success;
+  }
+  return std::nullopt;
 }
 
 }  // namespace vmm

@@ -4,7 +4,10 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
+#include "cli/command.hpp"
+#include "plan/settings.hpp"
 #include "plugin/library.hpp"
 
 namespace vmm {
@@ -13,7 +16,6 @@ namespace vmm {
 std::string option_table(const clone_descriptor& descriptor);
 
 // For `--device NAME,help` and `--transport NAME,help` and the like; nothing when no help was asked for.
-std::optional<Result<std::string>> device_help(PluginLibrary& library, const std::string& kind,
-                                               const std::string& value);
+std::optional<ExitCode> print_device_help(PluginLibrary& library, const std::vector<GivenSetting>& settings);
 
 }  // namespace vmm

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "cli/command.hpp"
+#include "cli/device_help.hpp"
 #include "cli/machine_options.hpp"
 #include "cli/many.hpp"
 #include "cli/pool.hpp"
@@ -86,7 +87,8 @@ class ForkParser {
   ForkParser(const ForkParser&) = delete;
   ForkParser& operator=(const ForkParser&) = delete;
 
-  Parsed parse(const Arguments& arguments);
+  // Help and mistakes are printed.
+  Parsed parse(const Arguments& arguments, PluginLibrary& library);
   ForkOptions options;
 
  private:
@@ -102,8 +104,9 @@ ForkParser::ForkParser(const Catalogue& catalogue, const std::vector<Setting>& s
   add_start_options(app_, options.start);
 }
 
-Parsed ForkParser::parse(const Arguments& arguments) {
+Parsed ForkParser::parse(const Arguments& arguments, PluginLibrary& library) {
   if (const Parsed parsed = parse_settings(app_, arguments, catalogue_); parsed.done) return parsed;
+  if (const auto printed = print_device_help(library, options.start.settings)) return {true, *printed};
   const auto wrong = [](const char* message) { return Parsed{true, fail(Error{message}, ExitCode::usage)}; };
   if (options.name.empty() == options.vm.empty()) return wrong("give one of --template NAME and --from VM");
   if (options.prepare && options.name.empty()) return wrong("--prepare is for a template: give --template NAME");
@@ -149,6 +152,7 @@ class Forks {
       : catalogue_(std::move(catalogue)), settings_(all_settings(catalogue_)), library_(catalogue_) {}
 
   std::unique_ptr<ForkParser> parser() const { return std::make_unique<ForkParser>(catalogue_, settings_); }
+  PluginLibrary& library() { return library_; }
   Result<void> open(const ForkOptions& options);
   // The shell is begun at once, and made while the plan is.
   ExitCode start(const ForkOptions& options, Timing& timing, ShellAhead& shell, int waiting = -1);
@@ -181,6 +185,8 @@ Result<void> Forks::open(const ForkOptions& options) {
 Result<Plan> Forks::plan_of(const ForkOptions& options) const {
   Plan plan = TRY(make_plan(profile_, options.start.settings));
   plan.complete = true;  // the guest knows of no others
+  // Those that the profile does not have come from the command line.
+  for (PlannedDevice& device : plan.devices) device.is_new = device.where.empty();
   return plan;
 }
 
@@ -245,7 +251,7 @@ ExitCode Forks::keep_ready(const ForkOptions& options) {
       [&] { return is_current(options.name); },
       [&](const Arguments& arguments, int waiting) {
         Timing timing;
-        if (const Parsed parsed = parsed_by->parse(arguments); parsed.done) return parsed.code;
+        if (const Parsed parsed = parsed_by->parse(arguments, library_); parsed.done) return parsed.code;
         timing.mark("options");
         PrefaultMode& prefault = parsed_by->options.prefault;
         if (is_mapped && prefault == PrefaultMode::recorded) prefault = PrefaultMode::none;
@@ -267,7 +273,7 @@ ExitCode fork_command(const Arguments& arguments) {
   if (!catalogue.ok()) return fail(catalogue.error());
   Forks forks(std::move(*catalogue));
   const auto parser = forks.parser();
-  if (const Parsed parsed = parser->parse(arguments); parsed.done) return parsed.code;
+  if (const Parsed parsed = parser->parse(arguments, forks.library()); parsed.done) return parsed.code;
   ForkOptions& options = parser->options;
   if (options.prepare == 0) {
     const auto ended = end_pool(key_of(options));

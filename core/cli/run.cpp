@@ -39,14 +39,7 @@ ExitCode run_command(const Arguments& arguments) {
   apply_verbosity(options);
 
   PluginLibrary library(*catalogue);
-  for (const GivenSetting& given : options.settings)
-    if (given.setting->name == "device" || given.setting->name == "transport" ||
-        given.setting->name == "balloon-policy")
-      if (auto help = device_help(library, given.setting->name, given.value)) {
-        if (!help->ok()) return fail(help->error(), ExitCode::usage);
-        std::fputs(help->value().c_str(), stdout);
-        return ExitCode::success;
-      }
+  if (const auto printed = print_device_help(library, options.settings)) return *printed;
 
   std::vector<GivenSetting> profile;
   if (!options.profile.empty()) {

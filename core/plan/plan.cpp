@@ -89,6 +89,7 @@ Result<CheckedPlan> check_plan(const Plan& plan, PluginLibrary& library) {
     CheckedDevice& added = checked.devices.emplace_back();
     added.instance = device.type + "." + std::to_string(counts[device.type]++);
     added.type = *type;
+    added.is_new = device.is_new;
     added.options = check("device " + device.type, device, added.type);
   }
   if (!mistakes.empty()) return Error{mistakes};

@@ -23,6 +23,7 @@ struct PlannedDevice {
   std::string where;        // "vm.yaml:3:5", of one from a profile; messages begin with it
   // The base folder of options that came from elsewhere than the device.
   std::map<std::string, std::string> option_folders = {};
+  bool is_new = false;  // the machine was saved without it
 };
 
 constexpr const char* kNoBalloonPolicy = "none";
@@ -54,6 +55,7 @@ struct CheckedDevice {
   std::string instance;  // "serial.0"
   DeviceType type;
   OptionValues options;
+  bool is_new = false;
 };
 
 struct CheckedPlan {

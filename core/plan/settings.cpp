@@ -143,7 +143,8 @@ std::vector<Setting> core_settings() {
        "hysteresis, where it is installed).",
        value, named(&Plan::balloon_policy)},
       {"device", "NAME[,KEY=VALUE...]", "Devices",
-       "Add a device; NAME,help prints its options. `clone plugin list` shows what there is.", list, add_device},
+       "Add a device; NAME,help prints its options. `clone plugin list` shows what there is.", list, add_device, false,
+       true},
       {"without", "NAME", "Devices", "Leave out a device that every machine has by default.", list,
        [](Plan& plan, const std::string& value, const SettingSource&) -> Result<void> {
          plan.without.push_back(value);
@@ -152,9 +153,17 @@ std::vector<Setting> core_settings() {
   };
 }
 
+bool is_default_device(const std::string& name, const Catalogue& catalogue) {
+  for (const PluginFile& file : catalogue.files())
+    for (const Provided& provided : file.manifest.provides)
+      if (provided.kind == "device" && provided.name == name && provided.by_default) return true;
+  return false;
+}
+
 // `--rootfs FILE[,key=value…]`: the '%' of the expansion is FILE, the rest follows as it is.
-Setting short_form(const ShortFlag& flag) {
+Setting short_form(const ShortFlag& flag, const Catalogue& catalogue) {
   Setting setting;
+  setting.adds_device = !is_default_device(flag.device, catalogue);
   setting.name = flag.flag.substr(2);
   setting.value_name = flag.value_name + (flag.value_is_optional ? "" : "[,KEY=VALUE...]");
   setting.group = "Devices";
@@ -248,7 +257,7 @@ std::vector<Setting> all_settings(const Catalogue& catalogue) {
     if (!taken) settings.push_back(std::move(setting));
   };
   for (const PluginFile& file : catalogue.files()) {
-    for (const ShortFlag& flag : file.manifest.flags) add(short_form(flag));
+    for (const ShortFlag& flag : file.manifest.flags) add(short_form(flag, catalogue));
     for (const FlagOption& flag : file.manifest.flag_options) add(option_form(flag, file.manifest));
   }
   return settings;

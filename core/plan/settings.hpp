@@ -34,6 +34,7 @@ struct Setting {
   // The value as a user wrote it. Errors say what is allowed; the caller puts the name in front.
   std::function<Result<void>(Plan&, const std::string& value, const SettingSource&)> apply;
   bool changes_devices = false;  // those that other settings make: applied after all of these
+  bool adds_device = false;      // one more, of those that a machine may have any number of
 };
 
 // The core's own settings, then the short forms that plugins declare in their manifests.

@@ -289,7 +289,10 @@ struct BenchServices {
           bench.power_button_context_ = context;
           return CLONE_OK;
         },
-        [](const clone_host* host) { return of(host).machine_name.c_str(); }};
+        [](const clone_host* host) { return of(host).machine_name.c_str(); },
+        [](const clone_host* host) {
+          return of(host).saved_instances.contains(host->name) ? CLONE_ORIGIN_SAVED : CLONE_ORIGIN_BOOT;
+        }};
     return &table;
   }
 

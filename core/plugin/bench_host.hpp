@@ -321,6 +321,7 @@ class BenchHost {
   }
   uint32_t vcpu_count = 1;
   std::string machine_name;
+  std::set<std::string> saved_instances;  // those whose origin is CLONE_ORIGIN_SAVED
   struct Answer {
     std::string text;  // JSON, or "error: …"; "" while it has not been answered
     clone_sdk::Fd fd;

@@ -43,7 +43,7 @@ Result<std::vector<GivenSetting>> saved_settings(const Sections& sections, const
 
 bool is_setting_of_forks(const Setting& setting) {
   static constexpr std::string_view names[] = {"name", "no-control", "grace", "no-reboot", "ksm"};
-  return setting.changes_devices || std::ranges::find(names, setting.name) != std::end(names);
+  return setting.changes_devices || setting.adds_device || std::ranges::find(names, setting.name) != std::end(names);
 }
 
 }  // namespace vmm

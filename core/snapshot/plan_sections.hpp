@@ -24,7 +24,7 @@ Result<std::string_view> saved_profile(const Sections& sections);
 // The settings of the saved machine, without its name. Relative paths start from where it was started.
 Result<std::vector<GivenSetting>> saved_settings(const Sections& sections, const std::vector<Setting>& settings);
 
-// Whether a fork may be given another value: what does not change the machine that its guest knows.
+// Whether a fork may be given another value: what does not change the machine that its guest knows, or adds to it.
 bool is_setting_of_forks(const Setting& setting);
 
 }  // namespace vmm

@@ -115,6 +115,7 @@ Result<void> Machine::restore(Timing& timing) {
   if (!shell.has_slots) slots_ = TRY(SlotSetter::start(*vm_, *memory_));
   std::set<std::string, std::less<>> owners = {kCoreSections, kKvmSections, kPolicySections};
   for (const Instance& instance : instances_) {
+    if (instance.is_new) continue;
     const SectionReader reader(saved_->sections, instance.host.name());
     TRY(call_plugin(instance, "while its state was loaded",
                     [&](clone_err* err) { return instance.ops.load(instance.device, &reader.raw(), err); }));
@@ -200,10 +201,12 @@ Result<void> Machine::load_kernel(const KernelFile& kernel) {
   return kernel.load_into(*memory_);
 }
 
-Result<void> Machine::make_instance(const std::string& name, const DeviceType& type, const OptionValues& options) {
+Result<void> Machine::make_instance(const std::string& name, const DeviceType& type, const OptionValues& options,
+                                    bool is_new) {
   Instance& instance = instances_.emplace_back(
       name, HostContext{&*memory_, &around_.main_loop, &around_.console, this, around_.control, around_.directory});
   instance.ops = type.ops;
+  instance.is_new = is_new;
   TRY(call_plugin(instance, "while it was created",
                   [&](clone_err* err) { return instance.ops.create(instance.host.raw(), &instance.device, err); }));
   if (!instance.device) return Error{"plugin " + name + ": create succeeded without a device", 0, CLONE_ERR_INTERNAL};
@@ -212,10 +215,21 @@ Result<void> Machine::make_instance(const std::string& name, const DeviceType& t
 }
 
 Result<void> Machine::make_devices() {
-  for (const CheckedDevice& device : plan_.devices) TRY(make_instance(device.instance, device.type, device.options));
   const auto is_virtio = [](const Instance& instance) {
     return extension_of<clone_virtio_device>(instance, CLONE_VIRTIO_DEVICE).has_value();
   };
+  bool any_new = false;
+  for (const CheckedDevice& device : plan_.devices) {
+    TRY(make_instance(device.instance, device.type, device.options, device.is_new));
+    if (device.is_new && !is_virtio(instances_.back()))
+      return Error{device.instance + ": a fork may be given virtio devices only"};
+    any_new = any_new || device.is_new;
+  }
+  if (any_new) {
+    TRY(find_root());  // that there are not two
+    if (std::ranges::none_of(instances_, [&](const Instance& one) { return !one.is_new && is_virtio(one); }))
+      return Error{"a fork of a machine without virtio devices cannot be given any: there was no transport"};
+  }
   if (std::none_of(instances_.begin(), instances_.end(), is_virtio)) return {};
 
   TRY(make_instance("transport-" + plan_.plan.transport.type, plan_.transport, plan_.transport_options));

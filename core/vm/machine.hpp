@@ -47,6 +47,7 @@ struct Instance : HostContext {
   HostHandle host;
   clone_device_ops ops{};
   void* device = nullptr;
+  bool is_new = false;  // the machine was saved without it
   bool quiesced = false;
   std::mutex mutex;  // PCI BARs are claimed by vCPU threads
   std::map<uint64_t, Bus::Claim> claims;
@@ -148,7 +149,8 @@ class Machine {
   void make_vcpus(std::vector<KvmVcpu> vcpus);
   std::vector<KvmVcpu*> vcpu_pointers();
   Result<void> make_devices();
-  Result<void> make_instance(const std::string& name, const DeviceType& type, const OptionValues& options);
+  Result<void> make_instance(const std::string& name, const DeviceType& type, const OptionValues& options,
+                             bool is_new = false);
   Result<void> load_kernel(const KernelFile& kernel);
   Result<void> prepare_boot(const KernelImage& image, Timing& timing);
   Result<std::optional<Initrd>> generate_initrd(const KernelImage& kernel);

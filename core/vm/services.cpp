@@ -230,7 +230,9 @@ constexpr clone_host_machine kMachine = {
     request,
     on_power_button,
     [](const clone_host* host) noexcept { return machine_of(host).plan().name.c_str(); },
-    [](const clone_host* host) noexcept { return machine_of(host).is_fork() ? CLONE_ORIGIN_SAVED : CLONE_ORIGIN_BOOT; },
+    [](const clone_host* host) noexcept {
+      return machine_of(host).is_fork() && !instance_of(host).is_new ? CLONE_ORIGIN_SAVED : CLONE_ORIGIN_BOOT;
+    },
 };
 
 // --- clone.host-acpi/1

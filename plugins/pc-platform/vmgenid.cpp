@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <string>
 
+#include "clone/sdk/aml.hpp"
 #include "clone/sdk/options.hpp"
 
 namespace pc_platform {
@@ -15,6 +16,7 @@ namespace {
 using clone_sdk::Error;
 using clone_sdk::ErrorBuffer;
 using clone_sdk::Result;
+namespace aml = clone_sdk::aml;
 
 // docs/fork.md tells guests of it.
 struct IdentityPage {
@@ -26,7 +28,7 @@ struct IdentityPage {
   uint8_t seed[32];
   char name[64] = {};
 };
-constexpr uint32_t kGenerationId = CLONE_IDENTITY_PAGE + offsetof(IdentityPage, generation_id);
+constexpr uint16_t kGenerationId = CLONE_IDENTITY_PAGE + offsetof(IdentityPage, generation_id);
 static_assert(sizeof(IdentityPage) == 136 && kGenerationId % 8 == 0);
 
 // A PC's for its coprocessor: given to nobody who asks for any, and in a fork the one that the guest was told of.
@@ -37,36 +39,11 @@ struct SavedState {
 };
 constexpr uint32_t kStateVersion = 1;
 
-// AML (ACPI 6.5 §20.2), as much of it as two devices take.
-using Aml = std::string;
-
-// PkgLength counts itself; in two bytes it reaches 4095.
-Aml sized(const Aml& opcode, const Aml& body) {
-  const size_t length = body.size() + 2;
-  return opcode + static_cast<char>(0x40 | (length & 0xf)) + static_cast<char>(length >> 4) + body;
-}
-Aml dword(uint32_t value) {
-  return {static_cast<char>(value), static_cast<char>(value >> 8), static_cast<char>(value >> 16),
-          static_cast<char>(value >> 24)};
-}
-Aml text(const char* value) { return std::string("\x0d") + value + '\0'; }
-Aml name(const char* path, const Aml& value) { return std::string("\x08") + path + value; }
-Aml device(const char* path, const Aml& body) { return sized("\x5b\x82", path + body); }
-
-Aml generation_counter() {
-  const Aml zero(1, '\0');
-  const Aml address = sized("\x12", "\x02\x0c" + dword(kGenerationId) + zero);  // Package (2) {low half, high half}
-  return device("VGEN", name("_HID", text("CLNE0001")) + name("_CID", text("VM_Gen_Counter")) +
-                            name("_DDN", text("VM_Gen_Counter")) + name("ADDR", address));
-}
-
-Aml event_device() {
-  // §6.4.3.6: an extended interrupt, of a consumer, edge-triggered and active high; then the end tag.
-  const Aml interrupt = Aml("\x89\x06\x00\x03\x01", 5) + dword(kGsi) + Aml("\x79\x00", 2);
-  const Aml resources = sized("\x11", Aml("\x0a") + static_cast<char>(interrupt.size()) + interrupt);
-  const Aml event =
-      sized("\x14", Aml("_EVT\x09") + "\x86VGEN\x0a\x80");  // one argument, serialized: Notify (VGEN, 0x80)
-  return device("VGED", name("_HID", text("ACPI0013")) + name("_UID", text("VGEN")) + name("_CRS", resources) + event);
+aml::Code generation_counter() {
+  const aml::Code zero(1, '\0');
+  const aml::Code address = aml::sized("\x12", "\x02\x0b" + aml::word(kGenerationId) + zero);  // {low half, high half}
+  return aml::device("VGEN", aml::name("_HID", aml::text("CLNE0001")) + aml::name("_CID", aml::text("VM_Gen_Counter")) +
+                                 aml::name("_DDN", aml::text("VM_Gen_Counter")) + aml::name("ADDR", address));
 }
 
 template <size_t size_bytes>
@@ -93,7 +70,7 @@ Result<void> Vmgenid::configure(const clone_sdk::Options&) {
   irq_ = CLONE_TRY(host().service<clone_host_irq>(CLONE_HOST_IRQ));
   const auto* acpi = CLONE_TRY(host().service<clone_host_acpi>(CLONE_HOST_ACPI));
   CLONE_TRY(host().allocate_gsi(kGsi));
-  const Aml devices = generation_counter() + event_device();
+  const aml::Code devices = generation_counter() + aml::event_device("VGED", kGsi, "VGEN", 0x80);
   ErrorBuffer error;
   return error.result(acpi->add_aml(host().raw(), devices.data(), devices.size(), error));
 }

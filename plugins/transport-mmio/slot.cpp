@@ -134,14 +134,22 @@ Slot::Slot(const clone_virtio_attachment& attachment, const clone_host* host)
             },
             [](void* context) { static_cast<Slot*>(context)->needs_reset(); }} {}
 
-Result<std::unique_ptr<Slot>> Slot::create(const clone_virtio_attachment& attachment, uint64_t ring_features) {
+Result<Place> claim_place(const clone_sdk::Host& host) {
+  Place place;
+  place.base = CLONE_TRY(host.allocate_mmio(kWindowBytes, kWindowBytes));
+  place.gsi = CLONE_TRY(host.allocate_gsi());
+  return place;
+}
+
+Result<std::unique_ptr<Slot>> Slot::create(const clone_virtio_attachment& attachment, uint64_t ring_features,
+                                           std::optional<Place> prepared) {
   std::unique_ptr<Slot> slot(new Slot(attachment, attachment.host));
-  if (auto result = slot->set_up(ring_features); !result.ok())
+  if (auto result = slot->set_up(ring_features, prepared); !result.ok())
     return std::move(result).error().context(attachment.name);
   return slot;
 }
 
-Result<void> Slot::set_up(uint64_t ring_features) {
+Result<void> Slot::set_up(uint64_t ring_features, std::optional<Place> prepared) {
   bus_ = CLONE_TRY(host_.service<clone_host_bus>(CLONE_HOST_BUS));
   irq_ = CLONE_TRY(host_.service<clone_host_irq>(CLONE_HOST_IRQ));
   virtqueue_ = CLONE_TRY(host_.service<clone_host_virtqueue>(CLONE_VIRTQUEUE));
@@ -157,13 +165,12 @@ Result<void> Slot::set_up(uint64_t ring_features) {
   if (queue_count > kQueueCountMax)
     return Error{std::to_string(queue_count) + " queues, at most " + std::to_string(kQueueCountMax) + " are allowed"};
 
-  base_ = CLONE_TRY(host_.allocate_mmio(kWindowBytes, kWindowBytes));
-  gsi_ = CLONE_TRY(host_.allocate_gsi());
-  claim_ = CLONE_TRY((host_.claim<&Slot::read, &Slot::write>(CLONE_BUS_MMIO, base_, kWindowBytes, this)));
+  place_ = prepared ? *prepared : CLONE_TRY(claim_place(host_));
+  claim_ = CLONE_TRY((host_.claim<&Slot::read, &Slot::write>(CLONE_BUS_MMIO, place_.base, kWindowBytes, this)));
 
   call_ = CLONE_TRY(make_event());
   ErrorBuffer error;
-  CLONE_TRY(error.result(irq_->irqfd(host_.raw(), gsi_, call_.get(), -1, error)));
+  CLONE_TRY(error.result(irq_->irqfd(host_.raw(), place_.gsi, call_.get(), -1, error)));
   call_wired_ = true;
   queues_.resize(queue_count);
   for (uint32_t i = 0; i < queue_count; ++i) {
@@ -171,11 +178,13 @@ Result<void> Slot::set_up(uint64_t ring_features) {
     queue.size_max = device_.queue_max_size(attachment_.device, i);
     queue.kick = CLONE_TRY(make_event());
     CLONE_TRY(error.result(
-        bus_->ioeventfd(host_.raw(), CLONE_BUS_MMIO, base_ + kQueueNotify, 4, 1, i, queue.kick.get(), error)));
+        bus_->ioeventfd(host_.raw(), CLONE_BUS_MMIO, place_.base + kQueueNotify, 4, 1, i, queue.kick.get(), error)));
     queue.notified_by_kernel = true;
   }
+  if (prepared) return {};
   // Edge-triggered, active high, exclusive.
-  return host_.add_acpi_node("LNRO0005", {clone_sdk::acpi_memory(base_, kWindowBytes), clone_sdk::acpi_irq(gsi_)});
+  return host_.add_acpi_node("LNRO0005",
+                             {clone_sdk::acpi_memory(place_.base, kWindowBytes), clone_sdk::acpi_irq(place_.gsi)});
 }
 
 Slot::~Slot() {
@@ -183,9 +192,9 @@ Slot::~Slot() {
   reset();
   for (uint32_t i = 0; i < queues_.size(); ++i)
     if (queues_[i].notified_by_kernel)
-      bus_->ioeventfd_remove(host_.raw(), CLONE_BUS_MMIO, base_ + kQueueNotify, 4, 1, i, queues_[i].kick.get(),
+      bus_->ioeventfd_remove(host_.raw(), CLONE_BUS_MMIO, place_.base + kQueueNotify, 4, 1, i, queues_[i].kick.get(),
                              nullptr);
-  if (call_wired_) irq_->irqfd_remove(host_.raw(), gsi_, call_.get(), nullptr);
+  if (call_wired_) irq_->irqfd_remove(host_.raw(), place_.gsi, call_.get(), nullptr);
 }
 
 // --- What the device calls ---

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,13 @@ using clone_sdk::Result;
 constexpr uint64_t kWindowBytes = 0x200;
 constexpr uint32_t kConfigOffset = 0x100;  // of the device's configuration space in the window
 
+// A window of registers, and an interrupt line.
+struct Place {
+  uint64_t base = 0;
+  uint32_t gsi = 0;
+};
+Result<Place> claim_place(const clone_sdk::Host& host);
+
 // A driver's misuse is ignored, as hardware would: the register keeps its value.
 //
 // mutex_ is held wherever registers other than the interrupt's are read or written, and around the device's activate()
@@ -28,9 +36,10 @@ constexpr uint32_t kConfigOffset = 0x100;  // of the device's configuration spac
 // wait for its own threads in reset().
 class Slot {
  public:
-  // Claims the window and an interrupt line, and describes both to the guest. `ring_features`: at most these are
-  // offered.
-  static Result<std::unique_ptr<Slot>> create(const clone_virtio_attachment& attachment, uint64_t ring_features);
+  // `prepared`: where the guest was told that a device may be. Without it the slot claims a place and describes it to
+  // the guest. `ring_features`: at most these are offered.
+  static Result<std::unique_ptr<Slot>> create(const clone_virtio_attachment& attachment, uint64_t ring_features,
+                                              std::optional<Place> prepared = {});
   Slot(const Slot&) = delete;
   ~Slot();
 
@@ -55,7 +64,7 @@ class Slot {
   };
 
   Slot(const clone_virtio_attachment& attachment, const clone_host* host);
-  Result<void> set_up(uint64_t ring_features);
+  Result<void> set_up(uint64_t ring_features, std::optional<Place> prepared);
 
   void read(uint64_t offset, void* data, uint32_t size_bytes);
   void write(uint64_t offset, const void* data, uint32_t size_bytes);
@@ -87,8 +96,7 @@ class Slot {
   uint64_t offered_features_ = 0;
   uint32_t config_bytes_ = 0;
 
-  uint64_t base_ = 0;
-  uint32_t gsi_ = 0;
+  Place place_;
   clone_sdk::Fd call_;
   bool call_wired_ = false;
   clone_sdk::Claim claim_;

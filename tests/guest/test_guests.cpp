@@ -374,6 +374,91 @@ TEST_CASE("a disk that was written to gets a layer of its own in each fork, and 
   CHECK(changed.status == 1);
 }
 
+TEST_CASE("a fork is given devices that the template had slots for, and tells its guest") {
+  const ForkStage stage;
+  ::setenv("HOME", stage.dir.path().c_str(), 1);  // of temporary layers
+  const auto make_disk = [&](const std::string& name) {
+    std::string content(kDiskBytes, '\0');
+    content.replace(0, 20, std::string(20, name[0]));
+    return stage.dir.write(name, content);
+  };
+  const auto second_sector = [](const std::string& disk) { return read_file(disk).substr(512, 20); };
+  const auto ask = [](VmmProcess& vm) {
+    vm.type("?");
+    std::string line;
+    REQUIRE(vm.wait_for_line("slots ", line));
+    return line.substr(0, line.find('.'));
+  };
+  const auto ends_well = [](VmmProcess& vm) {
+    vm.type(".");
+    const VmmResult result = vm.finish();
+    CHECK(result.output.ends_with("done\n"));
+    CHECK(result.output.find("FAILED") == std::string::npos);
+    CHECK(result.errors == "");
+    CHECK(result.status == 0);
+  };
+  const std::string a = make_disk("a"), b = make_disk("b"), c = make_disk("c");
+  const auto machine = [](const std::string& transport) {
+    return std::vector<std::string>{"--mem",       "64M",          "--name",    "source",
+                                    "--transport", transport,      "--without", "virtio-balloon",
+                                    "--without",   "virtio-vsock", "--without", "guest-agent"};
+  };
+  {
+    VmmProcess source("slots", machine("mmio,slots=3"));
+    REQUIRE(source.wait_for("ready\n"));
+    CHECK(ask(source) == "slots 0x1 events 0");
+    REQUIRE(stage.command({"snapshot", "--name", "base", "source"}).status == 0);
+    const auto fork = [&](const std::string& name, std::vector<std::string> devices, const std::string& from = "base") {
+      std::vector<std::string> words{"fork", "--template", from, "--name", name};
+      words.insert(words.end(), devices.begin(), devices.end());
+      return stage.with_store(words);
+    };
+    VmmProcess plain(fork("plain", {}));
+    CHECK(ask(plain) == "slots 0x1 events 0");
+    VmmProcess one(fork("one", {"--block", a}));
+    CHECK(ask(one) == "slots 0x3 events 1 disk 1 " + std::string(20, 'a'));
+    VmmProcess two(fork("two", {"--block", b, "--device", "virtio-blk,path=" + c}));
+    CHECK(ask(two) == "slots 0x7 events 1 disk 1 " + std::string(20, 'b') + " disk 2 " + std::string(20, 'c'));
+    // It is the fork's own: written to as a machine's disks are.
+    CHECK(second_sector(a) == std::string(20, 'a'));
+    CHECK(second_sector(b) == std::string(20, 'b'));
+
+    // Its forks have it from the beginning, and a layer over it.
+    REQUIRE(stage.command({"snapshot", "--name", "again", "--stop", "one"}).status == 0);
+    CHECK(one.finish().status == 6);
+    VmmProcess third(fork("third", {"--block", make_disk("d")}, "again"));
+    CHECK(ask(third) == "slots 0x7 events 2 disk 1 " + std::string(20, 'a') + " disk 2 " + std::string(20, 'd'));
+    // Without a disk in between, too.
+    VmmProcess live({"fork", "--from", "source", "--name", "live", "--block", make_disk("e")});
+    CHECK(ask(live) == "slots 0x3 events 1 disk 1 " + std::string(20, 'e'));
+
+    const auto refused = [&](const std::vector<std::string>& words, const std::string& why) {
+      const VmmResult result = run_command(words);
+      CHECK_MESSAGE(result.errors.find(why) != std::string::npos, result.errors);
+      CHECK(std::count(result.errors.begin(), result.errors.end(), '\n') == 1);
+      CHECK(result.status == 1);
+    };
+    const std::string f = make_disk("f"), g = make_disk("g");
+    refused(fork("four", {"--block", f, "--block", g}, "again"),
+            "virtio-blk.2: slots=3: no slot is left, allowed are up to 15");
+    refused(fork("four", {"--device", "serial,port=0x2f8,irq=3,console=off"}),
+            "serial.1: a fork may be given virtio devices only");
+    for (VmmProcess* vm : {&source, &plain, &two, &third, &live}) ends_well(*vm);
+  }
+  {
+    VmmProcess source("continued", machine("mmio"));
+    REQUIRE(source.wait_for("ready\n"));
+    REQUIRE(stage.command({"snapshot", "--name", "none", "source"}).status == 0);
+    const VmmResult result = stage.command({"fork", "--template", "none", "--block", a});
+    CHECK_MESSAGE(result.errors.find("virtio-blk.0: no slot was prepared for it: start the machine to be saved with "
+                                     "--transport mmio,slots=N") != std::string::npos,
+                  result.errors);
+    CHECK(std::count(result.errors.begin(), result.errors.end(), '\n') == 1);
+    CHECK(result.status == 1);
+    ends_well(source);
+  }
+}
+
 TEST_CASE("a snapshot that is damaged, or is not there, is refused in one line") {
   const ForkStage stage;
   VmmProcess source("continued", {"--mem", "64M", "--name", "source"});

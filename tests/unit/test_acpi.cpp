@@ -11,9 +11,14 @@
 
 #include "boot/acpi.hpp"
 #include "boot/layout.hpp"
+#include "fake_host.hpp"
+#include "fake_plugin.hpp"
 
 using namespace vmm;
 using aml::Bytes;
+using vmm::test::DeviceUnderTest;
+using vmm::test::FakeHost;
+using vmm::test::PluginFile;
 
 namespace {
 
@@ -157,6 +162,26 @@ TEST_CASE("acpi: iasl reads the DSDT, and compiles it to the same bytes") {
        {"Name (\\_S5,", "Device (C000)", "Device (C003)", "Device (D000)", "Device (D001)", "Device (DZZZ)",
         "EisaId (\"PNP0501\") /* 16550A-compatible COM Serial Port */", "\"LNRO0005\"", "IO (Decode16,", "0xC0000000,",
         "0x00000040FFFFFFFF", "0x1FFF,", "Level, ActiveLow, Shared", "Edge, ActiveHigh, Exclusive"}) {
+    CAPTURE(line);
+    CHECK(source.find(line) != source.npos);
+  }
+}
+
+TEST_CASE("acpi: iasl reads what plugins add, and compiles it to the same bytes") {
+  AcpiConfig config = full_config();
+  FakeHost host;
+  DeviceUnderTest vmgenid(PluginFile("pc-platform").device("vmgenid"), host.handle("vmgenid"));
+  DeviceUnderTest transport(PluginFile("transport-mmio").transport("mmio"), host.handle("mmio"));
+  REQUIRE(vmgenid.configure() == CLONE_OK);
+  REQUIRE(transport.configure({{"slots", "15"}}) == CLONE_OK);
+  config.device_nodes.push_back(host.acpi_aml);
+  const std::string source = disassembled(Tables(config).content("DSDT"));
+  INFO(source);
+  for (const std::string line :
+       {"Device (VGEN)", "Notify (VGEN, 0x80)", "\"ACPI0013\"", "Device (SLTS)", "Name (_HID, \"ACPI0004\"",
+        "OperationRegion (TAKN, SystemIO, 0x0680, 0x04)", "Field (TAKN, DWordAcc, NoLock, Preserve)", "T014,   1",
+        "Device (S000)", "Device (S014)", "Method (_STA, 0, NotSerialized)", "Return ((T014 * 0x0F))", "0x00000200,",
+        "Notify (SLTS, Zero)"}) {
     CAPTURE(line);
     CHECK(source.find(line) != source.npos);
   }

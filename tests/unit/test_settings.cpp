@@ -7,6 +7,7 @@
 #include "manifest_file.hpp"
 #include "plan/settings.hpp"
 #include "scratch_dir.hpp"
+#include "snapshot/plan_sections.hpp"
 
 using namespace vmm;
 
@@ -66,6 +67,13 @@ TEST_CASE("settings: every row has what --help needs, and a name of its own") {
     names.push_back(setting.name);
   }
   CHECK(std::count(names.begin(), names.end(), "rootfs") == 1);
+}
+
+TEST_CASE("settings: a fork takes what adds a device, but not another of those that every machine has") {
+  const auto settings = all_settings(built_plugins());
+  for (const char* name : {"device", "block", "overlay", "name"}) CHECK(is_setting_of_forks(find(settings, name)));
+  for (const char* name : {"balloon", "cid", "vsock", "transport", "without", "mem", "vcpus", "kernel"})
+    CHECK(!is_setting_of_forks(find(settings, name)));
 }
 
 TEST_CASE("settings: values that are taken and values that are not") {

@@ -723,3 +723,125 @@ TEST_CASE("mmio: as many devices as there are lines, then a clear error; everyth
   CHECK(host.irqfd_count() == 0);
   CHECK(host.ioeventfd_count() == 0);
 }
+
+namespace {
+
+constexpr uint16_t kTakenPort = 0x680;
+
+// A machine with prepared slots: any number of devices, of which some may be added to it.
+struct Slots {
+  FakeHost host;
+  const clone_transport_type& type = PluginFile("transport-mmio").transport("mmio");
+  DeviceUnderTest transport{type, host.handle("mmio")};
+  std::vector<std::unique_ptr<DeviceUnderTest>> devices;
+
+  Slots(const char* slots, const std::set<std::string>& saved = {}) {
+    host.saved_instances = saved;
+    host.offer(CLONE_VIRTQUEUE, virtqueue_service());
+    REQUIRE_MESSAGE(transport.configure({{"slots", slots}}) == CLONE_OK, transport.error);
+  }
+  ~Slots() { transport.destroy(); }
+  clone_status attach(const clone_device_type& device, const std::string& name) {
+    devices.push_back(std::make_unique<DeviceUnderTest>(device, host.handle(name)));
+    REQUIRE(devices.back()->configure() == CLONE_OK);
+    const auto attachment = devices.back()->attachment();
+    return transport.call([&](clone_err* err) { return type.attach(transport.raw(), &attachment, err); });
+  }
+  // Where the n-th slot's resources are in its ACPI description.
+  uint64_t window(unsigned index) { return dword_after("\x86\x09\x00\x01", 4, index); }
+  uint32_t line(unsigned index) { return dword_after("\x89\x06\x00\x03\x01", 5, index); }
+  uint32_t dword_after(const char* descriptor, size_t size, unsigned index) {
+    const auto* bytes = reinterpret_cast<const char*>(host.acpi_aml.data());
+    std::string_view rest(bytes, host.acpi_aml.size());
+    for (unsigned i = 0; i <= index; ++i) {
+      const size_t found = rest.find({descriptor, size});
+      REQUIRE(found != rest.npos);
+      rest.remove_prefix(found + size);
+    }
+    uint32_t value;
+    std::memcpy(&value, rest.data(), sizeof value);
+    return value;
+  }
+  uint32_t taken() { return host.read<uint32_t>(CLONE_BUS_PIO, kTakenPort); }
+  uint32_t read(unsigned slot, uint64_t offset) { return host.read<uint32_t>(CLONE_BUS_MMIO, window(slot) + offset); }
+};
+
+}  // namespace
+
+TEST_CASE("mmio: without slots of its own making the guest is told of the devices that there are") {
+  FakeHost host;
+  Rig rig(rng_type(), host);
+  CHECK(host.acpi_nodes.size() == 1);
+  CHECK(host.acpi_aml.empty());
+  CHECK(host.claim_count() == 1);
+  CHECK(host.read<uint32_t>(CLONE_BUS_PIO, kTakenPort) == ~0u);
+}
+
+TEST_CASE("mmio: prepared slots are described, taken in order, and no more than there are") {
+  Slots m("3");
+  REQUIRE(m.attach(rng_type(), "virtio-rng.0") == CLONE_OK);
+  REQUIRE(m.transport.start() == CLONE_OK);
+  CHECK(m.host.acpi_nodes.empty());
+  CHECK(m.taken() == 1);
+  m.host.write<uint32_t>(CLONE_BUS_PIO, kTakenPort, 7);
+  CHECK(m.taken() == 1);
+  CHECK(m.host.read<uint8_t>(CLONE_BUS_PIO, kTakenPort) == 1);
+  CHECK(m.host.read<uint16_t>(CLONE_BUS_PIO, kTakenPort + 2) == 0);
+  CHECK(m.read(0, kMagic) == 0x74726976);
+  CHECK(m.read(1, kMagic) == ~0u);  // nobody is there
+  CHECK(std::set{m.window(0), m.window(1), m.window(2)}.size() == 3);
+  CHECK(std::set{m.line(0), m.line(1), m.line(2), m.line(3)}.size() == 4);  // and the event's
+  CHECK(m.host.interrupts(m.line(3)) == 0);
+  REQUIRE(m.attach(rng_type(), "virtio-rng.1") == CLONE_OK);
+  REQUIRE(m.attach(rng_type(), "virtio-rng.2") == CLONE_OK);
+  CHECK(m.taken() == 7);
+  CHECK(m.attach(rng_type(), "virtio-rng.3") == CLONE_ERR_INVALID);
+  CHECK(m.transport.error == "virtio-rng.3: slots=3: no slot is left, allowed are up to 15");
+}
+
+TEST_CASE("mmio: a device that is added to a saved machine is in reset, and the guest is told once") {
+  const std::set<std::string> known = {"mmio", "virtio-rng.0"};
+  Slots source("3");
+  REQUIRE(source.attach(rng_type(), "virtio-rng.0") == CLONE_OK);
+  REQUIRE(source.transport.start() == CLONE_OK);
+  SavedState state;
+  REQUIRE(source.transport.save(state) == CLONE_OK);
+
+  Slots fork("3", known);
+  REQUIRE(fork.attach(rng_type(), "virtio-rng.0") == CLONE_OK);
+  REQUIRE(fork.attach(probe_type(), "probe.0") == CLONE_OK);
+  const uint32_t event = fork.line(3);
+  REQUIRE_MESSAGE(fork.transport.load(state) == CLONE_OK, fork.transport.error);
+  CHECK(fork.host.interrupts(event) == 0);  // the interrupt controllers come later
+  REQUIRE(fork.transport.start() == CLONE_OK);
+  CHECK(fork.host.interrupts(event) == 1);
+  CHECK(fork.taken() == 3);
+  CHECK(fork.window(1) == source.window(1));
+  CHECK(fork.line(1) == source.line(1));
+  CHECK(fork.read(1, kDeviceId) == 42);
+  CHECK(fork.read(1, kStatus) == 0);
+  CHECK(Probe::last->activations == 0);
+  REQUIRE(fork.transport.quiesce() == CLONE_OK);
+  REQUIRE(fork.transport.resume() == CLONE_OK);
+  CHECK(fork.host.interrupts(event) == 0);
+  SavedState again;
+  REQUIRE(fork.transport.save(again) == CLONE_OK);
+
+  // It is one of those that a fork of the fork's machine has from the beginning.
+  Slots second("3", {"mmio", "virtio-rng.0", "probe.0"});
+  REQUIRE(second.attach(rng_type(), "virtio-rng.0") == CLONE_OK);
+  REQUIRE(second.attach(probe_type(), "probe.0") == CLONE_OK);
+  CHECK(second.transport.load(state) == CLONE_ERR_CORRUPT);
+  CHECK(second.transport.error == "section probe.0 is missing");
+  REQUIRE(second.transport.load(again) == CLONE_OK);
+  REQUIRE(second.transport.start() == CLONE_OK);
+  CHECK(second.host.interrupts(event) == 0);
+  CHECK(second.taken() == 3);
+
+  Slots none("0", known);
+  REQUIRE(none.attach(rng_type(), "virtio-rng.0") == CLONE_OK);
+  CHECK(none.attach(probe_type(), "probe.0") == CLONE_ERR_INVALID);
+  CHECK(none.transport.error.starts_with("probe.0: no slot was prepared for it: "));
+  CHECK(none.transport.error.find("--transport mmio,slots=N") != std::string::npos);
+  CHECK(none.transport.error.find('\n') == std::string::npos);
+}

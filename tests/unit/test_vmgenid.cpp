@@ -53,36 +53,17 @@ struct Machine {
 
 TEST_CASE("vmgenid: ACPI describes a generation counter and a device that tells of its change") {
   Machine m;
-  // The core's encoder writes lengths as short as they can be, this plugin always in two bytes: compared in parts.
+  // That all of it is well-formed is for iasl to say (test_acpi.cpp).
   const auto has = [&](const aml::Bytes& part) {
     return std::ranges::search(m.host.acpi_aml, part).begin() != m.host.acpi_aml.end();
   };
   for (const char* name : {"_CID", "_DDN"}) CHECK(has(aml::name(name, aml::string("VM_Gen_Counter"))));
-  const std::string_view halves("\x02\x0c\x10\x60\x00\x00\x00", 7);  // two of them: 0x6010 and zero
+  const std::string_view halves("\x02\x0b\x10\x60\x00", 5);  // two of them: 0x6010 and zero
   const auto package = std::as_bytes(std::span(halves));
   CHECK(has({package.begin(), package.end()}));
   CHECK(has(aml::name("_HID", aml::string("ACPI0013"))));
   CHECK(has(aml::interrupt(kGsi, aml::Trigger::edge, aml::Polarity::active_high)));
   CHECK(has(aml::notify("VGEN", 0x80)));
-
-  // Every PkgLength is right: the terms end where the AML does, and those in them where they do.
-  const auto& bytes = m.host.acpi_aml;
-  const auto end_of = [&](size_t at) {
-    const auto lead = std::to_integer<size_t>(bytes[at]);
-    REQUIRE((lead >> 6) == 1);
-    return at + ((lead & 0xf) | std::to_integer<size_t>(bytes[at + 1]) << 4);
-  };
-  const auto place_of = [&](std::string_view opcode) {
-    const auto part = std::as_bytes(std::span(opcode));
-    return static_cast<size_t>(std::ranges::search(bytes, part).begin() - bytes.begin()) + opcode.size();
-  };
-  const size_t counter_end = end_of(2);
-  CHECK(end_of(place_of("ADDR\x12")) == counter_end);
-  CHECK(std::memcmp(&bytes[counter_end], "\x5b\x82", 2) == 0);
-  CHECK(end_of(counter_end + 2) == bytes.size());
-  const size_t method = end_of(place_of("_CRS\x11"));
-  CHECK(std::memcmp(&bytes[method], "\x14", 1) == 0);
-  CHECK(end_of(method + 1) == bytes.size());
 }
 
 TEST_CASE("vmgenid: a boot writes the page and interrupts nobody; pauses change nothing") {

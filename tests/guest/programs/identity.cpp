@@ -60,13 +60,13 @@ void program() {
   CHECK(same(kPage, "CLONEID", 8));
   CHECK_EQUAL(at<uint32_t>(kPage + 8), 1);
   CHECK_EQUAL(at<uint32_t>(kPage + 12), 136);
-  // ADDR is a package of two: a double word and zero.
+  // ADDR is a package of two: a word and zero.
   CHECK(find("VM_Gen_Counter", 15) != 0);
   const uint64_t address = find("ADDR\x12", 5);
   if (CHECK(address != 0)) {
-    CHECK(same(address + 7, "\x02\x0c", 2));
-    CHECK_EQUAL(at<uint32_t>(address + 9), kGenerationId);
-    CHECK_EQUAL(at<uint8_t>(address + 13), 0);
+    CHECK(same(address + 6, "\x02\x0b", 2));
+    CHECK_EQUAL(at<uint16_t>(address + 8), kGenerationId);
+    CHECK_EQUAL(at<uint8_t>(address + 10), 0);
   }
   handle_with(0, take_notification);
   route(find_line(), 0);

@@ -18,6 +18,7 @@ extern "C" {
 #define CLONE_MACHINE_RESET 2u     /* the guest asked for a reset */
 #define CLONE_MACHINE_PANIC 3u     /* the guest reported that it crashed */
 
+/* This boot, also of a device that was added to a saved machine: load() is not called then. */
 #define CLONE_ORIGIN_BOOT 0u
 /* A template, or another machine: load() comes before its first start(), and others may come from there. */
 #define CLONE_ORIGIN_SAVED 1u
@@ -36,7 +37,7 @@ typedef struct clone_host_machine {
                                   clone_err *err);
   /* [any] As --name gave it, "" when it was not given. Lasts as long as the machine. */
   const char *(*name)(const clone_host *host);
-  /* [any] CLONE_ORIGIN_…, the same after a reset. */
+  /* [any] Where the instance that this host handle belongs to comes from, CLONE_ORIGIN_…; the same after a reset. */
   uint32_t (*origin)(const clone_host *host);
 } clone_host_machine;
 
