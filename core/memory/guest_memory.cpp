@@ -311,7 +311,7 @@ Result<PageSet> GuestMemory::changed_pages() const {
       for (uint64_t page = offset / kPageSize; page < (offset + size_bytes) / kPageSize; ++page)
         words[page / kPagesInWord] |= 1ull << page % kPagesInWord;
     };
-    TRY(find_own_pages({region.host, region.size_bytes}, add));
+    TRY(find_pages({region.host, region.size_bytes}, PagesOf::process, add));
     for (uint64_t page = 0; page < pages && restored_->ranges; ++page)
       if (restored_->replaced[region_page + page]) add(page * kPageSize, kPageSize);
     changed.add(region_page, words);
@@ -344,35 +344,25 @@ void GuestMemory::prefault(GuestAddress start, uint64_t size_bytes) const {
 }
 
 Result<TouchedPages> GuestMemory::touched() const {
-  // Linux Documentation/admin-guide/mm/pagemap.rst.
-  constexpr uint64_t in_use = 3ull << 62, of_file = 1ull << 61;
-  constexpr uint64_t most_entries = 4096;
-  const Fd pagemap(::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
-  if (!pagemap) return errno_error("/proc/self/pagemap");
-  const auto add = [](std::vector<PageRun>& runs, uint64_t page) {
-    if (!runs.empty() && runs.back().first + runs.back().count == page)
-      ++runs.back().count;
-    else
-      runs.push_back({page, 1});
-  };
   TouchedPages pages;
   if (!restored_) return pages;
-  std::vector<uint64_t> entries(most_entries);
-  uint64_t page = 0;
+  uint64_t region_page = 0;
   for (const Region& region : regions_) {
-    const uint64_t host_page = reinterpret_cast<uintptr_t>(region.host) / kPageSize;
-    for (uint64_t done = 0, left = region.size_bytes / kPageSize; left > 0;) {
-      const uint64_t count = std::min(left, most_entries);
-      if (::pread(pagemap.get(), entries.data(), count * 8, static_cast<off_t>((host_page + done) * 8)) !=
-          static_cast<ssize_t>(count * 8))
-        return errno_error("/proc/self/pagemap");
-      const std::lock_guard lock(restored_->mutex);
-      for (uint64_t i = 0; i < count; ++i, ++page)
-        if (entries[i] & in_use && !restored_->replaced[page])
-          add(entries[i] & of_file ? pages.read : pages.written, page);
-      done += count;
-      left -= count;
-    }
+    const auto into = [&](std::vector<PageRun>& runs) {
+      return [&](uint64_t offset, uint64_t size_bytes) {
+        for (uint64_t page = region_page + offset / kPageSize; size_bytes > 0; ++page, size_bytes -= kPageSize)
+          if (restored_->replaced[page])
+            continue;
+          else if (!runs.empty() && runs.back().first + runs.back().count == page)
+            ++runs.back().count;
+          else
+            runs.push_back({page, 1});
+      };
+    };
+    const std::lock_guard lock(restored_->mutex);
+    TRY(find_pages({region.host, region.size_bytes}, PagesOf::file, into(pages.read)));
+    TRY(find_pages({region.host, region.size_bytes}, PagesOf::process, into(pages.written)));
+    region_page += region.size_bytes / kPageSize;
   }
   return pages;
 }

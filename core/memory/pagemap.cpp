@@ -36,7 +36,7 @@ Result<Fd> open_pagemap() {
 
 }  // namespace
 
-Result<void> find_own_pages(std::span<const std::byte> memory, const FoundPages& found) {
+Result<void> find_pages(std::span<const std::byte> memory, PagesOf whose, const FoundPages& found) {
   const Fd pagemap = TRY(open_pagemap());
   std::vector<ScanRegion> regions(512);
   const auto begin = reinterpret_cast<uintptr_t>(memory.data());
@@ -47,11 +47,12 @@ Result<void> find_own_pages(std::span<const std::byte> memory, const FoundPages&
     scan.end = begin + memory.size();
     scan.regions = reinterpret_cast<uintptr_t>(regions.data());
     scan.region_count = regions.size();
-    scan.category_inverted = scan.category_mask = kIsFile;  // none of a file
+    scan.category_mask = kIsFile;
+    scan.category_inverted = whose == PagesOf::process ? kIsFile : 0;
     scan.category_any_of_mask = scan.return_mask = kIsPresent | kIsSwapped;
     const int count = ::ioctl(pagemap.get(), kScan, &scan);
     if (count < 0 && errno == EINTR) continue;
-    if (count < 0 && errno == ENOTTY && at == begin) return find_own_pages_one_by_one(memory, found);
+    if (count < 0 && errno == ENOTTY && at == begin) return find_pages_one_by_one(memory, whose, found);
     if (count < 0) return errno_error("PAGEMAP_SCAN");
     if (scan.walk_end <= at) return Error{"PAGEMAP_SCAN does not go on"};
     for (const ScanRegion& region : std::span(regions).first(static_cast<size_t>(count)))
@@ -61,7 +62,7 @@ Result<void> find_own_pages(std::span<const std::byte> memory, const FoundPages&
   return {};
 }
 
-Result<void> find_own_pages_one_by_one(std::span<const std::byte> memory, const FoundPages& found) {
+Result<void> find_pages_one_by_one(std::span<const std::byte> memory, PagesOf whose, const FoundPages& found) {
   constexpr uint64_t in_use = 3ull << 62, of_file = 1ull << 61;  // in use: present, or swapped out
   const Fd pagemap = TRY(open_pagemap());
   std::vector<uint64_t> entries(16384);
@@ -71,10 +72,12 @@ Result<void> find_own_pages_one_by_one(std::span<const std::byte> memory, const 
     if (::pread(pagemap.get(), entries.data(), count * 8, static_cast<off_t>((first + done) * 8)) !=
         static_cast<ssize_t>(count * 8))
       return errno_error("/proc/self/pagemap");
-    const auto is_own = [&](uint64_t page) { return (entries[page] & in_use) && !(entries[page] & of_file); };
+    const auto is_wanted = [&](uint64_t page) {
+      return (entries[page] & in_use) && !(entries[page] & of_file) == (whose == PagesOf::process);
+    };
     for (uint64_t page = 0; page < count; ++page) {
       const uint64_t start = page;
-      while (page < count && is_own(page)) ++page;
+      while (page < count && is_wanted(page)) ++page;
       if (start < page) found((done + start) * kPageBytes, (page - start) * kPageBytes);
     }
     done += count;

@@ -323,16 +323,18 @@ TEST_CASE("memory: what a restored one holds anew is known") {
     CHECK(lost == 0);
     // Kernels that have to be asked page by page tell the same.
     for (const GuestMemory::Region& region : memory->regions()) {
-      std::vector<bool> all_at_once(region.size_bytes / kPageSize), one_by_one = all_at_once;
       const auto add_to = [](std::vector<bool>& to) {
         return [&](uint64_t offset, uint64_t size_bytes) {
           std::fill_n(to.begin() + static_cast<ptrdiff_t>(offset / kPageSize), size_bytes / kPageSize, true);
         };
       };
-      REQUIRE(find_own_pages({region.host, region.size_bytes}, add_to(all_at_once)).ok());
-      REQUIRE(find_own_pages_one_by_one({region.host, region.size_bytes}, add_to(one_by_one)).ok());
-      CHECK(std::ranges::count(one_by_one, true) > 100);
-      CHECK((all_at_once == one_by_one));
+      for (const PagesOf whose : {PagesOf::process, PagesOf::file}) {
+        std::vector<bool> all_at_once(region.size_bytes / kPageSize), one_by_one = all_at_once;
+        REQUIRE(find_pages({region.host, region.size_bytes}, whose, add_to(all_at_once)).ok());
+        REQUIRE(find_pages_one_by_one({region.host, region.size_bytes}, whose, add_to(one_by_one)).ok());
+        CHECK(std::ranges::count(one_by_one, true) > 100);
+        CHECK((all_at_once == one_by_one));
+      }
     }
     // A child process that has it changes nothing; all discarded is all changed.
     const uint64_t count = memory->changed_pages()->count();
