@@ -32,6 +32,7 @@ class VmmProcess {
   bool wait_for_line(const std::string& text, std::string& line);
   void type(const std::string& text);
   void signal(int number);
+  pid_t pid() const { return pid_; }
   // Closes its input, reads what it says, and gives the end.
   VmmResult finish();
 
