@@ -3,9 +3,11 @@
 #include "memory/guest_memory.hpp"
 
 #include <fcntl.h>
+#include <linux/membarrier.h>
 #include <linux/memfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -32,32 +34,32 @@ std::string size_text(uint64_t size_bytes) {
   return std::to_string(size_bytes) + " bytes";
 }
 
-// Guest memory is aligned to 2 MiB on the host too: only then can a huge page of the host back one of the guest.
-// `fd` is -1 for anonymous memory.
-Result<Mapping> map_region(const MemoryConfig& config, uint64_t size_bytes, int fd, uint64_t offset) {
+// Address space at a multiple of 2 MiB, where a huge page fits.
+Result<Mapping> reserve_aligned(uint64_t size_bytes) {
   const uint64_t reserved_bytes = size_bytes + kHugePageSize;
   void* reserved = ::mmap(nullptr, reserved_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (reserved == MAP_FAILED) return errno_error("mmap");
-
   const auto first = reinterpret_cast<uintptr_t>(reserved);
   const uintptr_t start = (first + kHugePageSize - 1) & ~(kHugePageSize - 1);
+  const uint64_t before = start - first;
+  if (before) ::munmap(reserved, before);
+  if (before < kHugePageSize) ::munmap(reinterpret_cast<void*>(start + size_bytes), kHugePageSize - before);
+  return Mapping(reinterpret_cast<void*>(start), size_bytes);
+}
+
+// Guest memory is aligned to 2 MiB on the host too: only then can a huge page of the host back one of the guest.
+// `fd` is -1 for anonymous memory.
+Result<Mapping> map_region(const MemoryConfig& config, uint64_t size_bytes, int fd, uint64_t offset) {
+  Mapping mapping = TRY(reserve_aligned(size_bytes));
   int flags = MAP_FIXED | (fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS);
   if (config.huge_pages != HugePages::reserved_2m) {
     flags |= MAP_NORESERVE;
   } else if (fd < 0) {
     flags |= MAP_HUGETLB | (21 << MAP_HUGE_SHIFT);
   }
-  void* mapped =
-      ::mmap(reinterpret_cast<void*>(start), size_bytes, PROT_READ | PROT_WRITE, flags, fd, static_cast<off_t>(offset));
-  if (mapped == MAP_FAILED) {
-    const Error error = errno_error("mmap");
-    ::munmap(reserved, reserved_bytes);
-    return error;
-  }
-  const uint64_t before = start - first;
-  if (before) ::munmap(reserved, before);
-  if (before < kHugePageSize) ::munmap(static_cast<std::byte*>(mapped) + size_bytes, kHugePageSize - before);
-  Mapping mapping(mapped, size_bytes);
+  void* const mapped = mapping.data();
+  if (::mmap(mapped, size_bytes, PROT_READ | PROT_WRITE, flags, fd, static_cast<off_t>(offset)) == MAP_FAILED)
+    return errno_error("mmap");
 
   // All are wishes: a host kernel built without one of them answers EINVAL, and the guest runs all the same.
   if (config.huge_pages == HugePages::transparent) ::madvise(mapped, size_bytes, MADV_HUGEPAGE);
@@ -216,6 +218,19 @@ Result<GuestMemory> GuestMemory::restore(MemoryConfig config, std::span<const Me
   return memory;
 }
 
+// The region's pages to another place, by whole tables of them; nothing where the kernel cannot. What stays is mapped as
+// it was, so that no other thread's mapping takes the place, but with no page: to map something else over it is quick.
+Mapping GuestMemory::move_away(const Region& region) {
+  auto place = reserve_aligned(region.size_bytes);
+  if (!place.ok()) return {};
+  // Wishes for a part have split the mapping; only one is moved.
+  ::madvise(region.host, region.size_bytes, MADV_NOHUGEPAGE);
+  if (::mremap(region.host, region.size_bytes, region.size_bytes, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP,
+               place->data()) == MAP_FAILED)
+    return {};
+  return std::move(*place);
+}
+
 void GuestMemory::become_restored() {
   restored_ = std::make_unique<Restored>();
   restored_->replaced.resize(size_bytes_ / kPageSize);
@@ -230,13 +245,15 @@ uint64_t GuestMemory::offset_of(GuestAddress start) const {
   return offset;
 }
 
-Result<void> GuestMemory::make_private() {
-  if (!memfd_) return {};
+Result<std::vector<Mapping>> GuestMemory::make_private() {
+  std::vector<Mapping> left;
+  if (!memfd_) return left;
   // A copy of such a page may find none left in the host's pool, and the machine would die of it.
   if (reserved_pages_)
     return Error{"memory in a memfd of reserved huge pages (huge-pages=2M) cannot be copied as it is written"};
   uint64_t offset = 0;
   for (const Region& region : regions_) {
+    if (Mapping moved = move_away(region); moved.data()) left.push_back(std::move(moved));
     if (::mmap(region.host, region.size_bytes, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE,
                memfd_.get(), static_cast<off_t>(offset)) == MAP_FAILED)
       return errno_error("memory: mmap");
@@ -244,7 +261,17 @@ Result<void> GuestMemory::make_private() {
   }
   memfd_.reset();
   become_restored();
-  return {};
+  return left;
+}
+
+// In a memfd; otherwise all is data. To read a hole would fill it.
+std::pair<uint64_t, uint64_t> GuestMemory::next_data(uint64_t offset, uint64_t end) const {
+  if (!memfd_) return {offset, end};
+  const off_t data = ::lseek(memfd_.get(), static_cast<off_t>(offset), SEEK_DATA);
+  if (data < 0) return {errno == ENXIO ? end : offset, end};
+  const off_t hole = ::lseek(memfd_.get(), data, SEEK_HOLE);
+  const uint64_t first = std::min(end, static_cast<uint64_t>(data));
+  return {first, hole < 0 ? end : std::clamp(static_cast<uint64_t>(hole), first, end)};
 }
 
 Result<void> GuestMemory::visit_contents(
@@ -256,7 +283,9 @@ Result<void> GuestMemory::visit_contents(
   uint64_t region_offset = 0;
   for (const Region& region : regions_) {
     for (uint64_t done = 0; done < region.size_bytes;) {
-      const uint64_t piece_bytes = std::min(most_bytes, region.size_bytes - done);
+      const auto [data, data_end] = next_data(region_offset + done, region_offset + region.size_bytes);
+      done = data - region_offset;
+      const uint64_t piece_bytes = std::min(most_bytes, data_end - data);
       const uint64_t count = piece_bytes / kPageSize;
       const uint64_t first = reinterpret_cast<uintptr_t>(region.host + done) / kPageSize;
       const bool known = pagemap && ::pread(pagemap.get(), pages.data(), count * 8, static_cast<off_t>(first * 8)) ==
@@ -428,6 +457,8 @@ void GuestMemory::enable_dirty_tracking(bool enabled) {
   }
   // Publishes the arrays to whoever sees `enabled`.
   dirty_->enabled.store(enabled, std::memory_order_release);
+  // Whoever did not see it yet has written before, and that is seen from here on.
+  if (enabled) ::syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0);
 }
 
 // What is dropped from a private mapping of a file is the file's again, not zeroes: other memory takes its place, once.

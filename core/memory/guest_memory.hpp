@@ -65,6 +65,7 @@ class PageSet {
  public:
   // `first_page` is a multiple of 64.
   void add(uint64_t first_page, std::span<const uint64_t> words);
+  void add(const PageSet& other) { add(0, other.words_); }
   void clear() { words_.clear(); }
   uint64_t count() const;
   // The first page from there on that is in it, and the first behind that which is not, but none from `end` on.
@@ -140,8 +141,9 @@ class GuestMemory {
   [[nodiscard]] bool store(GuestAddress start, const T& value) { return write(start, &value, sizeof value); }
 
   // Memory that others could share (a memfd) becomes this process's own: what is written from now on is written to a
-  // copy, and a child process sees it as it is now. The vCPUs stand still. [control]
-  Result<void> make_private();
+  // copy, and a child process sees it as it is now. The machine is paused. How long it takes does not depend on how much
+  // was touched; what does is to let go of the mappings it gives, of the memory as it was, which nobody uses. [control]
+  Result<std::vector<Mapping>> make_private();
   // Calls visit(offset, bytes) in ascending order for all that may hold anything but zeroes, in pieces of at most
   // `most_bytes`; the offset counts regions one behind the other. Ends with the first error. [any]
   Result<void> visit_contents(uint64_t most_bytes,
@@ -162,7 +164,7 @@ class GuestMemory {
   [[nodiscard]] bool discard(GuestAddress start, uint64_t size_bytes);
 
   // Dirty pages written by the host side; KVM's own log is apart. Off until enabled, with no mark set: marks then cost
-  // one load. Enabling is [control], one caller at a time.
+  // one load. On return, what was written without a mark is seen by all. Enabling is [control], one caller at a time.
   void enable_dirty_tracking(bool enabled);
   // After the write itself, so that a page taken meanwhile is marked again. What is not memory is ignored. [any]
   void mark_dirty(GuestAddress start, uint64_t size_bytes);
@@ -176,6 +178,9 @@ class GuestMemory {
     std::vector<std::unique_ptr<std::atomic<uint64_t>[]>> words;  // one array for each region
   };
 
+  static Mapping move_away(const Region& region);
+  // Of memory as one stretch: the next part from `offset` on, none behind `end`, that may hold anything but zeroes.
+  std::pair<uint64_t, uint64_t> next_data(uint64_t offset, uint64_t end) const;
   void become_restored();
   void drop_restored(std::byte* host, uint64_t offset, uint64_t size_bytes);
   // Of memory as one stretch, regions one behind the other.

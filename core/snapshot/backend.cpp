@@ -98,18 +98,6 @@ SnapshotImage::~SnapshotImage() {
   if (image_) backend_->type_.table.close(image_);
 }
 
-Result<void> SnapshotImage::write_memory(const GuestMemory& memory) {
-  return memory.visit_contents(kSnapshotPieceBytes, [&](uint64_t offset, std::span<const std::byte> bytes) {
-    return write_memory(offset, bytes);
-  });
-}
-
-Result<void> SnapshotImage::write_memory(const GuestMemory& memory, const PageSet& pages) {
-  return memory.visit_pages(pages, kSnapshotPieceBytes, [&](uint64_t offset, std::span<const std::byte> bytes) {
-    return write_memory(offset, bytes);
-  });
-}
-
 Result<void> SnapshotImage::write_memory(uint64_t offset, std::span<const std::byte> bytes) {
   TRY(backend_->call("while memory was written", [&](clone_err* err) {
     return backend_->type_.table.write_memory(image_, offset, bytes.data(), bytes.size(), err);

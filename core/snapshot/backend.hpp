@@ -33,10 +33,7 @@ class SnapshotImage {
   // Without commit() what was written is gone.
   ~SnapshotImage();
 
-  // Pages of zeroes need not be written.
-  Result<void> write_memory(const GuestMemory& memory);
-  // Over a parent: what differs from it.
-  Result<void> write_memory(const GuestMemory& memory, const PageSet& pages);
+  // Pages of zeroes need not be written, nor over a parent those that are its own. What is written again counts.
   Result<void> write_memory(uint64_t offset, std::span<const std::byte> bytes);
   Result<void> write(const Sections& sections);
   Result<void> write_section(const std::string& owner, const std::string& tag, uint32_t version,

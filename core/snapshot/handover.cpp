@@ -11,7 +11,6 @@
 
 #include "memory/guest_memory.hpp"
 #include "memory/usage.hpp"
-#include "snapshot/backend.hpp"
 
 namespace vmm {
 namespace {
@@ -93,23 +92,19 @@ Result<Fd> make_memory_file(const GuestMemory& memory) {
   return file;
 }
 
-Result<void> copy_memory(const GuestMemory& memory, int file) {
+Result<void> put_memory(int file, uint64_t offset, std::span<const std::byte> bytes) {
   static constexpr std::byte zeroes[kPageSize]{};
-  const auto is_zero = [](std::span<const std::byte> bytes) {
-    return std::memcmp(bytes.data(), zeroes, kPageSize) == 0;
-  };
-  return memory.visit_contents(kSnapshotPieceBytes, [&](uint64_t offset, std::span<const std::byte> bytes) -> Result<void> {
-    while (!bytes.empty()) {
-      // Pages of zeroes stay holes; the others are written up to the next of those.
-      size_t count = 0;
-      while (count < bytes.size() && !is_zero(bytes.subspan(count))) count += kPageSize;
-      if (count > 0) TRY(write_all(file, bytes.first(count), offset));
-      count = std::max<size_t>(count, kPageSize);
-      offset += count;
-      bytes = bytes.subspan(count);
-    }
-    return {};
-  });
+  const auto is_zero = [&](size_t at) { return std::memcmp(bytes.data() + at, zeroes, kPageSize) == 0; };
+  for (size_t at = 0, end = 0; at < bytes.size(); at = end) {
+    const bool hole = is_zero(at);
+    for (end = at + kPageSize; end < bytes.size() && is_zero(end) == hole;) end += kPageSize;
+    if (!hole)
+      TRY(write_all(file, bytes.subspan(at, end - at), offset + at));
+    else if (::fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset + at),
+                         static_cast<off_t>(end - at)) != 0)
+      return errno_error("the fork's memory");
+  }
+  return {};
 }
 
 }  // namespace vmm

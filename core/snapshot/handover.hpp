@@ -3,6 +3,8 @@
 #pragma once
 
 #include <boost/json.hpp>
+#include <cstdint>
+#include <span>
 
 #include "snapshot/sections.hpp"
 #include "util/fd.hpp"
@@ -17,7 +19,7 @@ Result<Sections> sections_from_json(const boost::json::value& json);
 
 // A file in memory of the size of `memory`, empty.
 Result<Fd> make_memory_file(const GuestMemory& memory);
-// The contents of `memory` into it; pages of zeroes stay holes.
-Result<void> copy_memory(const GuestMemory& memory, int file);
+// Whole pages into it; those of zeroes become holes, whatever was there before. [any]
+Result<void> put_memory(int file, uint64_t offset, std::span<const std::byte> bytes);
 
 }  // namespace vmm

@@ -174,6 +174,17 @@ Result<void> Machine::track_dirty_pages() {
   return {};
 }
 
+Result<void> Machine::stop_tracking_dirty_pages() {
+  for (uint32_t slot = 0; slot < memory_->regions().size(); ++slot)
+    TRY(vm_->set_memory_slot(slot, memory_->regions()[slot]));
+  memory_->enable_dirty_tracking(false);
+  for (const Instance& instance : instances_)
+    if (const auto vhost = extension_of<clone_vhost>(instance, CLONE_VHOST))
+      TRY(call_plugin(instance, "while its log of pages was ended",
+                      [&](clone_err* err) { return vhost->stop_log(instance.device, err); }));
+  return {};
+}
+
 Result<void> Machine::take_dirty_pages(PageSet& pages) {
   const auto mark = [](void* memory, uint64_t address, uint64_t size_bytes) noexcept {
     static_cast<GuestMemory*>(memory)->mark_dirty({address}, size_bytes);

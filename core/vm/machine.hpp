@@ -91,10 +91,13 @@ class Machine {
 
   // All but the memory of a paused machine. A device that cannot be saved is an error by its name.
   Result<void> save(Sections& sections);
-  // Of a paused machine: from now on it is known which pages are written, by the guest or by the host's side.
+  // From now on it is known which pages are written, by the guest or by the host's side. What was written before is in
+  // memory for all to see. The machine may run.
   Result<void> track_dirty_pages();
-  // Adds those that were written since the last call, or since tracking began. The machine is paused.
+  // Adds those that were written since the last call, or since tracking began. Of a machine that runs some may be being
+  // written: what is read of them then may be torn, and they are among those of a later call.
   Result<void> take_dirty_pages(PageSet& pages);
+  Result<void> stop_tracking_dirty_pages();
 
   // What devices publish of the guest. False when none does.
   bool read_balloon(clone_balloon_state& state) const;

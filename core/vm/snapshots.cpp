@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// A machine stands still only while its state is saved; its memory is taken by a child process, or lies in a file in
+// A machine stands still only while its state is saved; its memory is taken ahead (vm/capture.hpp), or lies in a file in
 // memory that becomes the base of it and of its fork.
 #include "vm/snapshots.hpp"
 
 #include <fcntl.h>
 #include <sys/random.h>
+#include <sys/socket.h>
+
+#include <utility>
 
 #include "snapshot/handover.hpp"
 #include "snapshot/plan_sections.hpp"
+#include "snapshot/stream.hpp"
+#include "util/log.hpp"
 
 namespace vmm {
 namespace {
@@ -32,20 +37,6 @@ Result<bool> flag_of(const json::object& given, const char* key) {
   if (!value) return false;
   if (!value->is_bool()) return Error{std::string("\"") + key + "\" is true or false"};
   return value->get_bool();
-}
-
-// As much is copied in the pause, rather than have a child process made that gets all memory.
-constexpr uint64_t kMostCopiedBytes = 8 << 20;
-using Copies = std::vector<std::pair<uint64_t, std::vector<std::byte>>>;  // by offset
-
-Result<Copies> copy_pages(const GuestMemory& memory, const PageSet& pages) {
-  Copies copies;
-  const auto copy = [&](uint64_t offset, std::span<const std::byte> bytes) -> Result<void> {
-    copies.emplace_back(offset, std::vector(bytes.begin(), bytes.end()));
-    return {};
-  };
-  TRY(memory.visit_pages(pages, kSnapshotPieceBytes, copy));
-  return copies;
 }
 
 constexpr const char* kIdTag = "snapshot-id";
@@ -87,11 +78,24 @@ void Snapshots::follow(Machine* machine, const SavedMachine* saved) {
   if (id.ok()) parent_ = Kept{saved->template_name, *id, true};
 }
 
-Result<void> Snapshots::note_dirty_pages() {
-  if (tracks_) return machine_->take_dirty_pages(unsaved_);
+Snapshots::Pending::~Pending() {
+  // A thread that waits for the writer ends.
+  if (stream) ::shutdown(stream.get(), SHUT_RDWR);
+}
+
+bool Snapshots::track() {
+  if (tracks_) return true;
   const auto begun = machine_->track_dirty_pages();
   tracks_ = begun.ok();
   if (!tracks_) cannot_track_ = begun.error().message;
+  return tracks_;
+}
+
+Result<void> Snapshots::take_dirty_pages(PageSet& pages) {
+  PageSet newer;
+  TRY(machine_->take_dirty_pages(newer));
+  pages.add(newer);
+  if (tracks_) unsaved_.add(newer);
   return {};
 }
 
@@ -112,34 +116,33 @@ Result<SnapshotImage> Snapshots::begin_over_parent(const SnapshotBackend& backen
   return image;
 }
 
-Result<Snapshots::Pause> Snapshots::while_paused(Sections& sections, Afterwards afterwards,
-                                                 const std::function<Result<void>()>& then) {
-  if (pending_) return Error{"this VM is busy with a " + pending_->what};
-  Pause pause{Clock::now()};
+Result<void> Snapshots::check_idle() const {
+  if (pending_) return Error{std::string("this VM is busy with a ") + pending_->what};
+  return {};
+}
+
+Result<void> Snapshots::while_paused(Sections& sections, Afterwards afterwards, json::object& answer,
+                                     const std::function<Result<void>()>& then) {
+  TRY(describe_plan(plan_, sections));
+  const Clock::time_point begun = Clock::now();
   const bool was_paused = owner_.is_paused();
   TRY(owner_.pause());
   const auto save = [&]() -> Result<void> {
-    TRY(describe_plan(plan_, sections));
     TRY(machine_->save(sections));
     return then();
   };
   const Result<void> saved = save();
-  if (!was_paused && !(saved.ok() && afterwards == Afterwards::end)) owner_.resume();
-  pause.took = Clock::now() - pause.begun;
-  if (!saved.ok()) return saved.error();
-  return pause;
+  const bool stays = saved.ok() && afterwards == Afterwards::end;
+  if (!was_paused && !stays) owner_.resume();
+  if (pending_) pending_->is_to_resume = !was_paused && stays;
+  answer["paused_us"] = microseconds(Clock::now() - begun);
+  return saved;
 }
 
-Result<void> Snapshots::start(const char* what, const std::function<Result<void>()>& work,
-                              std::function<void(Result<void>)> done, int keep) {
-  const auto ended = [this](Result<void> result) {
-    const Pending pending = std::move(*pending_);
-    pending_.reset();
-    pending.done(std::move(result));
-  };
-  auto begun = TRY(BackgroundWork::start(loop_, work, ended, keep));
-  pending_.emplace(Pending{std::move(begun), what, std::move(done)});
-  return {};
+void Snapshots::capture(std::optional<PageSet> pages, const Capture::Job& job) {
+  auto begun = Capture::start(loop_, machine_->memory(), std::move(pages), job);
+  if (!begun.ok()) return job.done(std::move(begun).error());
+  pending_->capture = std::move(*begun);
 }
 
 Result<void> Snapshots::snapshot(const json::object& given, Reply& reply) {
@@ -152,97 +155,149 @@ Result<void> Snapshots::snapshot(const json::object& given, Reply& reply) {
   if (incremental && !parent_)
     return Error{cannot_track_.empty() ? "this VM has no snapshot yet: take a full one first"
                                        : "no incremental snapshots of this VM: " + cannot_track_};
+  TRY(check_idle());
   KeyValues options;
   if (!store.empty()) options.emplace_back("store", store);
-  const std::shared_ptr<SnapshotBackend> backend =
+  const auto backend =
       TRY(SnapshotBackend::create(library_, backend_name.empty() ? kDefaultSnapshotBackend : backend_name, options));
 
   Kept kept{name, {}, false};
   if (::getrandom(kept.id.data(), kept.id.size(), 0) != static_cast<ssize_t>(kept.id.size()))
     return errno_error("getrandom");
-  Sections sections;
-  TRY(sections.put(kCoreSections, kIdTag, kIdVersion, kept.id));
-  const bool was_paused = owner_.is_paused();
-  auto answer =
-      std::make_shared<json::object>(json::object{{"name", name}, {"memory_bytes", machine_->memory().size_bytes()}});
-  const auto shared_reply = std::make_shared<std::optional<Reply>>();
+  const GuestMemory& memory = machine_->memory();
+  // A machine that ends needs no tracking, and may stand still.
+  const bool ahead = afterwards == Afterwards::as_before && track();
+  // Known without any marks; once there are some, what is written from now on is marked besides.
+  const bool over_template = incremental && parent_->is_template;
+  if (over_template) unsaved_ = TRY(memory.changed_pages());
+  const auto answer =
+      std::make_shared<json::object>(json::object{{"name", name}, {"memory_bytes", memory.size_bytes()}});
+  if (incremental) (*answer)["parent"] = parent_->name;
   const Clock::time_point begun = Clock::now();
-  const auto begin = [&]() -> Result<void> {
-    const GuestMemory& memory = machine_->memory();
-    TRY(machine_->memory().make_private());
-    // A machine that ends needs no tracking any more.
-    if (tracks_ || afterwards == Afterwards::as_before) TRY(note_dirty_pages());
-    std::optional<Copies> copies;
-    if (incremental) {
-      if (parent_->is_template) unsaved_ = TRY(memory.changed_pages());
-      const uint64_t changed_bytes = unsaved_.count() * kPageSize;
-      (*answer)["parent"] = parent_->name;
-      (*answer)["changed_bytes"] = changed_bytes;
-      if (changed_bytes <= kMostCopiedBytes) copies = TRY(copy_pages(memory, unsaved_));
-    }
-    const auto write = [&]() -> Result<void> {
-      auto image = TRY(incremental ? begin_over_parent(*backend, name) : backend->begin(name, "", memory.size_bytes()));
-      if (copies)
-        for (const auto& [offset, bytes] : *copies) TRY(image.write_memory(offset, bytes));
-      else
-        TRY(incremental ? image.write_memory(memory, unsaved_) : image.write_memory(memory));
-      TRY(image.write(sections));
-      return image.commit();
-    };
-    memory.share_with_children(!copies);
-    auto started = start("snapshot", write, [=, this](Result<void> written) {
-      if (!written.ok()) {
-        if (afterwards == Afterwards::end && !was_paused) owner_.resume();
-        return (*shared_reply)->fail(written.error().message);
-      }
-      if (tracks_) parent_ = kept;
-      unsaved_.clear();
-      (*answer)["took_us"] = microseconds(Clock::now() - begun);
-      (*shared_reply)->succeed(std::move(*answer));
-      if (afterwards == Afterwards::end) owner_.end();
-    });
-    memory.share_with_children(true);
-    return started;
+
+  // The writer has none of the guest's memory: all of it comes through the stream.
+  auto [ours, theirs] = TRY(make_snapshot_stream());
+  const auto write = [&]() -> Result<void> {
+    auto image = TRY(incremental ? begin_over_parent(*backend, name) : backend->begin(name, "", memory.size_bytes()));
+    return receive_snapshot(theirs.get(), image);
   };
-  const Pause pause = TRY(while_paused(sections, afterwards, begin));
-  (*answer)["paused_us"] = microseconds(pause.took);
-  shared_reply->emplace(std::move(reply));
+  const auto written = [=, this](Result<void> result) {
+    const auto ended = std::exchange(pending_, nullptr);
+    ended->capture.reset();
+    if (!result.ok()) {
+      if (ended->is_to_resume) owner_.resume();
+      return ended->reply.fail((ended->failure ? *ended->failure : result.error()).message);
+    }
+    if (tracks_) parent_ = kept;
+    unsaved_.clear();
+    (*answer)["took_us"] = microseconds(Clock::now() - begun);
+    ended->reply.succeed(std::move(*answer));
+    if (afterwards == Afterwards::end) owner_.end();
+  };
+  memory.share_with_children(false);
+  auto writer = BackgroundWork::start(loop_, write, written, theirs.get());
+  memory.share_with_children(true);
+  if (!writer.ok()) return std::move(writer).error();
+  pending_.reset(new Pending{"snapshot", std::move(reply), std::move(*writer), std::move(ours)});
+
+  Capture::Job job;
+  const int stream = job.keep = pending_->stream.get();
+  job.put_memory = [stream](uint64_t offset, std::span<const std::byte> bytes) {
+    return send_memory(stream, offset, bytes);
+  };
+  job.put_state = [stream](const Sections& sections) { return send_state(stream, sections); };
+  job.ahead = ahead;
+  if (tracks_) {
+    job.take_dirty_pages = [this](PageSet& pages) { return take_dirty_pages(pages); };
+  } else if (over_template) {
+    job.take_dirty_pages = [this](PageSet& pages) -> Result<void> {
+      pages = unsaved_ = TRY(machine_->memory().changed_pages());
+      return {};
+    };
+  }
+  job.while_paused = [=, this](Sections& sections, const std::function<Result<void>()>& then) -> Result<void> {
+    TRY(sections.put(kCoreSections, kIdTag, kIdVersion, kept.id));
+    return while_paused(sections, afterwards, *answer, [&]() -> Result<void> {
+      TRY(then());
+      if (incremental) (*answer)["changed_bytes"] = unsaved_.count() * kPageSize;
+      return {};
+    });
+  };
+  // The writer has the last word: without the rest of what it waits for it fails.
+  job.done = [this](Result<void> result) {
+    if (!result.ok() && result.error().code != EPIPE) pending_->failure = std::move(result).error();
+    pending_->stream.reset();
+  };
+  capture(incremental ? std::optional(unsaved_) : std::nullopt, job);
   return {};
 }
 
 Result<void> Snapshots::fork(const json::object&, Reply& reply) {
+  TRY(check_idle());
+  return machine_->memory().memfd() >= 0 ? hand_on_memfd(reply) : hand_on_copy(reply);
+}
+
+Result<void> Snapshots::hand_on_memfd(Reply& reply) {
+  GuestMemory& memory = machine_->memory();
+  const auto file = std::make_shared<Fd>(::fcntl(memory.memfd(), F_DUPFD_CLOEXEC, 0));
+  if (!*file) return errno_error("the memory's descriptor");
+  const auto answer = std::make_shared<json::object>();
+  const auto unused = std::make_shared<std::vector<Mapping>>();
   Sections sections;
-  Fd memory;
-  bool copied = false;
-  const auto shared_reply = std::make_shared<std::optional<Reply>>();
-  auto answer = std::make_shared<json::object>();
-  const auto hand_over = [&]() -> Result<void> {
-    GuestMemory& own = machine_->memory();
-    if (own.memfd() >= 0) {
-      // From now on both write to copies of their own.
-      memory = Fd(::fcntl(own.memfd(), F_DUPFD_CLOEXEC, 0));
-      if (!memory) return errno_error("the memory's descriptor");
-      TRY(own.make_private());
-      return seal(memory.get());
-    }
-    copied = true;
-    const std::shared_ptr<Fd> file = std::make_shared<Fd>(TRY(make_memory_file(own)));
-    return start(
-        "fork", [&own, &file] { return copy_memory(own, file->get()); },
-        [file, shared_reply, answer](Result<void> done) {
-          if (done.ok()) done = seal(file->get());
-          if (!done.ok()) return (*shared_reply)->fail(done.error().message);
-          (*shared_reply)->succeed(std::move(*answer), std::move(*file));
-        },
-        file->get());
+  // From now on both write to copies of their own. The machine's old mapping is where nobody knows it.
+  const auto part = [&]() -> Result<void> {
+    *unused = TRY(memory.make_private());
+    return {};
   };
-  const Pause pause = TRY(while_paused(sections, Afterwards::as_before, hand_over));
-  (*answer)["paused_us"] = microseconds(pause.took);
+  TRY(while_paused(sections, Afterwards::as_before, *answer, part));
   (*answer)["sections"] = sections_to_json(sections);
-  if (copied)
-    shared_reply->emplace(std::move(reply));
-  else
-    reply.succeed(std::move(*answer), std::move(memory));
+  const auto finish = [=](const std::atomic<bool>&) -> Result<void> {
+    unused->clear();
+    return seal(file->get());
+  };
+  const auto done = [=, this](Result<void> result) {
+    const auto ended = std::exchange(pending_, nullptr);
+    if (!result.ok()) return ended->reply.fail(result.error().message);
+    ended->reply.succeed(std::move(*answer), std::move(*file));
+  };
+  pending_.reset(new Pending{"fork", std::move(reply)});
+  auto finishing = ThreadWork::start(loop_, "clone-unmap", finish, done);
+  if (finishing.ok()) pending_->finishing = std::move(*finishing);
+  else done(finish(false));
+  return {};
+}
+
+Result<void> Snapshots::hand_on_copy(Reply& reply) {
+  const auto file = std::make_shared<Fd>(TRY(make_memory_file(machine_->memory())));
+  const auto answer = std::make_shared<json::object>();
+  Capture::Job job;
+  job.keep = file->get();
+  job.put_memory = [file](uint64_t offset, std::span<const std::byte> bytes) {
+    return put_memory(file->get(), offset, bytes);
+  };
+  job.put_state = [](const Sections&) -> Result<void> { return {}; };
+  // Without a snapshot before it nobody needs to know afterwards.
+  const bool tracks_for_it = !tracks_ && machine_->track_dirty_pages().ok();
+  job.ahead = tracks_ || tracks_for_it;
+  if (job.ahead) job.take_dirty_pages = [this](PageSet& pages) { return take_dirty_pages(pages); };
+  job.while_paused = [=, this](Sections& sections, const std::function<Result<void>()>& then) -> Result<void> {
+    TRY(while_paused(sections, Afterwards::as_before, *answer, then));
+    (*answer)["sections"] = sections_to_json(sections);
+    return {};
+  };
+  job.done = [=, this](Result<void> result) {
+    const auto ended = std::exchange(pending_, nullptr);
+    if (result.ok()) result = seal(file->get());
+    if (result.ok()) {
+      ended->reply.succeed(std::move(*answer), std::move(*file));
+    } else {
+      ended->reply.fail(result.error().message);
+    }
+    if (!tracks_for_it) return;
+    if (const auto stopped = machine_->stop_tracking_dirty_pages(); !stopped.ok()) log_warning(stopped.error().message);
+  };
+  pending_.reset(new Pending{"fork", std::move(reply)});
+  capture({}, job);
   return {};
 }
 

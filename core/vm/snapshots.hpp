@@ -13,6 +13,7 @@
 #include "plan/plan.hpp"
 #include "snapshot/backend.hpp"
 #include "snapshot/background.hpp"
+#include "vm/capture.hpp"
 #include "vm/machine.hpp"
 
 namespace vmm {
@@ -42,15 +43,18 @@ class Snapshots {
   using Reply = ControlServer::Reply;
   enum class Afterwards { as_before, end };
 
-  // Work under way, and who waits for it.
+  // What is under way, and who waits for it.
   struct Pending {
-    std::unique_ptr<BackgroundWork> work;
-    std::string what;
-    std::function<void(Result<void>)> done;
-  };
-  struct Pause {
-    Clock::time_point begun;
-    Clock::duration took{};
+    ~Pending();
+    const char* what;
+    Reply reply;
+    // Of a snapshot: who writes it, what it is sent through, and why that came to no end.
+    std::unique_ptr<BackgroundWork> writer{};
+    Fd stream{};
+    std::optional<Error> failure{};
+    bool is_to_resume = false;  // if it fails
+    std::unique_ptr<Capture> capture{};
+    std::unique_ptr<ThreadWork> finishing{};
   };
   // A snapshot that was committed. Its id, in it, tells it from another one of its name.
   using Id = std::array<std::byte, 16>;
@@ -62,26 +66,32 @@ class Snapshots {
 
   Result<void> snapshot(const boost::json::object& given, Reply& reply);
   Result<void> fork(const boost::json::object& given, Reply& reply);
-  // In the pause of a snapshot: adds to `unsaved_`, or begins to.
-  Result<void> note_dirty_pages();
+  Result<void> hand_on_memfd(Reply& reply);
+  Result<void> hand_on_copy(Reply& reply);
+  // Begins, or is done with an error.
+  void capture(std::optional<PageSet> pages, const Capture::Job& job);
+  Result<void> check_idle() const;
+  // From now on, if this machine can: which pages are written since its last snapshot.
+  bool track();
+  Result<void> take_dirty_pages(PageSet& pages);
   // Over the parent, as long as it is the one that the store has under its name.
   Result<SnapshotImage> begin_over_parent(const SnapshotBackend& backend, const std::string& name) const;
-  // Saves the machine, paused for it, and calls `then`; paused it stays only if that succeeds and says so.
-  Result<Pause> while_paused(Sections& sections, Afterwards afterwards, const std::function<Result<void>()>& then);
-  Result<void> start(const char* what, const std::function<Result<void>()>& work,
-                     std::function<void(Result<void>)> done, int keep = -1);
+  // Saves the machine, paused for it, calls `then`, and says in the answer how long it stood still. Paused it stays only
+  // if all of that succeeds and it is to end.
+  Result<void> while_paused(Sections& sections, Afterwards afterwards, boost::json::object& answer,
+                            const std::function<Result<void>()>& then);
 
   const CheckedPlan& plan_;
   PluginLibrary& library_;
   EventLoop& loop_;
   const Owner owner_;
   Machine* machine_ = nullptr;
-  std::optional<Pending> pending_;
+  std::unique_ptr<Pending> pending_;
 
   bool tracks_ = false;
   std::string cannot_track_;    // why not
   std::optional<Kept> parent_;  // of the next incremental snapshot: the machine's last one, or its template
-  PageSet unsaved_;             // written since then, as of the last pause
+  PageSet unsaved_;             // written since then, as far as they were taken
 };
 
 }  // namespace vmm

@@ -571,9 +571,9 @@ TEST_CASE("a fork that is killed at any moment leaves nothing in the machine tha
     VmmProcess source("continued",
                       {"--mem", "64M", "--mem-backing", backing, "--name", "source", "--cmdline", "mib=32"});
     REQUIRE(source.wait_for("ready\n"));
-    const std::string process = "/proc/" + std::to_string(source.id());
+    const std::string process = "/proc/" + std::to_string(source.pid());
     const auto held = [&] {
-      const std::string children = process + "/task/" + std::to_string(source.id()) + "/children";
+      const std::string children = process + "/task/" + std::to_string(source.pid()) + "/children";
       return std::pair(entries(process + "/fd").size(), read_file(children));
     };
     const auto first = stage.ask(source);

@@ -275,7 +275,7 @@ TEST_CASE("a machine that goes in the middle of its snapshot leaves no process, 
       while (hidden().empty() && told.wait_for(0s) != std::future_status::ready &&
              std::chrono::steady_clock::now() < limit)
         std::this_thread::sleep_for(1ms);
-      const std::string process = std::to_string(source.id());
+      const std::string process = std::to_string(source.pid());
       pid_t child = 0;
       std::ifstream("/proc/" + process + "/task/" + process + "/children") >> child;
       if (killed)
@@ -312,7 +312,7 @@ TEST_CASE("memory that another process can write to is not handed to a fork") {
   VmmProcess source("changes", machine("memfd"));
   REQUIRE(source.wait_for("ready\n"));
   vmm::Fd memory;
-  for (const auto& entry : fs::directory_iterator("/proc/" + std::to_string(source.id()) + "/fd")) {
+  for (const auto& entry : fs::directory_iterator("/proc/" + std::to_string(source.pid()) + "/fd")) {
     std::error_code gone;
     if (fs::read_symlink(entry, gone).string().starts_with("/memfd:clone-guest"))
       memory = vmm::Fd(::open(entry.path().c_str(), O_RDWR | O_CLOEXEC));

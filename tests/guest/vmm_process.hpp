@@ -35,7 +35,6 @@ class VmmProcess {
   bool wait_for_line(const std::string& text, std::string& line);
   void type(const std::string& text);
   void signal(int number);
-  pid_t id() const { return pid_; }
   // Closes its input, reads what it says, and gives the end.
   VmmResult finish();
 

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Guest memory: the split around the hole, refused sizes, checked access, dirty marks.
 #include <doctest/doctest.h>
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
-
 #include <unistd.h>
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <random>
@@ -110,6 +111,52 @@ TEST_CASE("memory: a memfd holds both regions, sealed against a change of size")
   CHECK(::pread(memory.memfd(), &seen, 4, 16) == 4);
   CHECK(seen == 0x1234);
   CHECK(::ftruncate(memory.memfd(), 4096) == -1);
+}
+
+TEST_CASE("memory: a memfd is handed on, what is written afterwards stays here") {
+  GuestMemory memory = make(3 * kGiB + kMiB, MemoryBacking::memfd);
+  memory.prefer_huge_pages({kMiB}, kMiB);  // splits the mapping, where the host has such pages
+  REQUIRE(memory.store({16}, uint32_t{1}));
+  REQUIRE(memory.store({kHoleEnd + 16}, uint32_t{2}));
+  const Fd file(::fcntl(memory.memfd(), F_DUPFD_CLOEXEC, 0));
+  auto before = memory.make_private();
+  REQUIRE(before.ok());
+  CHECK(memory.memfd() == -1);
+  CHECK(memory.load<uint32_t>({16}) == 1);
+  CHECK(memory.load<uint32_t>({kHoleEnd + 16}) == 2);
+  REQUIRE(memory.store({16}, uint32_t{3}));
+  uint32_t seen = 0;
+  CHECK(::pread(file.get(), &seen, 4, 16) == 4);
+  CHECK(seen == 1);
+  // Moved and not dropped, all of it; writing is over when it is gone.
+  REQUIRE(before->size() == 2);
+  std::memcpy(&seen, (*before)[1].data() + 16, 4);
+  CHECK(seen == 2);
+  CHECK(::fcntl(file.get(), F_ADD_SEALS, F_SEAL_WRITE) == -1);
+  before->clear();
+  CHECK(::fcntl(file.get(), F_ADD_SEALS, F_SEAL_WRITE) == 0);
+}
+
+TEST_CASE("memory: of a memfd only what holds data is visited, and its holes stay") {
+  GuestMemory memory = make(16 * kMiB, MemoryBacking::memfd);
+  for (const uint64_t page : {3, 4, 4095}) REQUIRE(memory.store({page * kPageSize}, page));
+  const auto stored_bytes = [&] {
+    struct stat status {};
+    REQUIRE(::fstat(memory.memfd(), &status) == 0);
+    return static_cast<uint64_t>(status.st_blocks) * 512;
+  };
+  const uint64_t stored_before = stored_bytes();
+  uint64_t visited_bytes = 0, found = 0;
+  const auto visit = [&](uint64_t offset, std::span<const std::byte> bytes) -> Result<void> {
+    visited_bytes += bytes.size();
+    for (const uint64_t page : {3, 4, 4095})
+      found += page * kPageSize >= offset && page * kPageSize < offset + bytes.size();
+    return {};
+  };
+  REQUIRE(memory.visit_contents(kMiB, visit).ok());
+  CHECK(found == 3);
+  CHECK(visited_bytes == stored_before);
+  CHECK(stored_bytes() == stored_before);
 }
 
 TEST_CASE("memory: prefaulted pages are present, and no others") {

@@ -288,6 +288,31 @@ TEST_CASE("snapshot file: chains of five are what a plain memory would be") {
   }
 }
 
+TEST_CASE("snapshot file: a page that is written again is what it was last, in a full one and over a parent") {
+  const std::vector<std::vector<uint8_t>> histories = {{1, 0, 2}, {1, 0}, {0, 1}, {0}, {1, 2}, {1, 0, 0}, {0, 0, 3}};
+  Store store;
+  Backend& backend = store.backend;
+  Bytes model(kMemory);
+  for (const char* parent : {static_cast<const char*>(nullptr), "full"}) {
+    const char* const name = parent ? "over-a-parent" : "full";
+    void* image = backend.begin(name, parent);
+    REQUIRE_MESSAGE(image, backend.error);
+    // Over the parent the pages stand the other way round.
+    for (uint64_t i = 0; i < histories.size(); ++i) {
+      const uint64_t page = 2 * (parent ? histories.size() - 1 - i : i);
+      for (const uint8_t with : histories[i]) REQUIRE(backend.write(image, page * kPage, page_of(with)));
+      std::fill_n(model.begin() + static_cast<ptrdiff_t>(page * kPage), kPage, std::byte{histories[i].back()});
+    }
+    REQUIRE_MESSAGE(backend.commit(image), backend.error);
+    Backend::close(image);
+    image = backend.open(name);
+    REQUIRE_MESSAGE(image, backend.error);
+    CHECK(backend.memory(image) == model);
+    CHECK_MESSAGE(backend.verify(image), backend.error);
+    Backend::close(image);
+  }
+}
+
 TEST_CASE("snapshot file: memory is written by many threads") {
   Store store;
   void* image = store.backend.begin("threads");

@@ -272,6 +272,25 @@ TEST_CASE("snapshot memory: a snapshot is read as it was written") {
   CHECK(backend.list() == Names{"base-1.0_X"});
 }
 
+TEST_CASE("snapshot memory: a page that is written again is what it was last") {
+  const std::vector<std::vector<uint8_t>> histories = {{1, 0, 2}, {1, 0}, {0, 1}, {0}, {1, 2}, {1, 0, 0}, {0, 0, 3}};
+  Store store;
+  Backend& backend = store.backend;
+  Bytes model(kMemory);
+  void* image = backend.begin("again");
+  REQUIRE_MESSAGE(image, backend.error);
+  for (uint64_t page = 0; page < histories.size(); ++page) {
+    for (const uint8_t with : histories[page]) REQUIRE(backend.write(image, page * kPage, page_of(with)));
+    std::fill_n(model.begin() + static_cast<ptrdiff_t>(page * kPage), kPage, std::byte{histories[page].back()});
+  }
+  REQUIRE_MESSAGE(backend.commit(image), backend.error);
+  Backend::close(image);
+  image = backend.open("again");
+  REQUIRE_MESSAGE(image, backend.error);
+  CHECK(backend.memory(image) == model);
+  Backend::close(image);
+}
+
 TEST_CASE("snapshot memory: memory is sparse, and nobody can change it") {
   Store store;
   constexpr uint64_t kLarge = 1 << 30;

@@ -33,7 +33,9 @@ typedef struct clone_snapshot_backend_type {
   /* A new image, of which nothing is seen under its name before commit(). parent: NULL for a full one. */
   clone_status (*begin)(void *backend, const char *name, const char *parent, uint64_t memory_bytes, void **image,
                         clone_err *err);
-  /* [any] Pages that are never written are zeroes (full) or the parent's. Offsets and sizes are whole pages. */
+  /* [any] Pages that are never written are zeroes (full) or the parent's. Offsets and sizes are whole pages. `data` does
+   * not change during the call. A page may be written again, any number of times and zeroes too: the last call before
+   * commit() counts (calls for one page do not overlap). */
   clone_status (*write_memory)(void *image, uint64_t memory_offset, const void *data, uint64_t size_bytes,
                                clone_err *err);
   clone_status (*write_section)(void *image, const char *owner, const char *tag, uint32_t version, const void *data,
