@@ -91,6 +91,7 @@ Result<void> SnapshotBackend::set_compressed(const std::string& name, bool on) c
 
 // All zero for a backend that keeps none.
 clone_snapshot_notes SnapshotBackend::notes() const {
+  if (!type_.table.get_extension) return {};
   return copy_table(static_cast<const clone_snapshot_notes*>(type_.table.get_extension(backend_, CLONE_SNAPSHOT_NOTES)));
 }
 

@@ -10,6 +10,7 @@
 
 #include "snapshot/backend.hpp"
 #include "snapshot/handover.hpp"
+#include "snapshot/parent_memory.hpp"
 
 namespace vmm {
 namespace {
@@ -72,7 +73,7 @@ Result<void> send_state(int stream, const Sections& sections) {
   return send_part(stream, {kState, text.size()}, std::as_bytes(std::span(text)));
 }
 
-Result<void> receive_snapshot(int stream, SnapshotImage& image) {
+Result<void> receive_snapshot(int stream, SnapshotImage& image, ParentMemory* parent) {
   std::vector<std::byte> buffer;
   for (;;) {
     Header header{};
@@ -82,7 +83,7 @@ Result<void> receive_snapshot(int stream, SnapshotImage& image) {
     buffer.resize(header.size_bytes);
     TRY(receive(stream, buffer));
     if (header.offset == kState) break;
-    TRY(image.write_memory(header.offset, buffer));
+    TRY(parent ? parent->write_difference(image, header.offset, buffer) : image.write_memory(header.offset, buffer));
   }
   boost::system::error_code failed;  // gives null, which are no sections
   const auto state = boost::json::parse({reinterpret_cast<const char*>(buffer.data()), buffer.size()}, failed);

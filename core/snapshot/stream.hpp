@@ -12,6 +12,7 @@
 
 namespace vmm {
 
+class ParentMemory;
 class SnapshotImage;
 
 // Two ends of a stream, which one writes to and the other reads from.
@@ -23,7 +24,8 @@ Result<void> send_memory(int stream, uint64_t offset, std::span<const std::byte>
 // The last of all.
 Result<void> send_state(int stream, const Sections& sections);
 
-// Writes all that comes, and commits. A stream that ends before its state is an error.
-Result<void> receive_snapshot(int stream, SnapshotImage& image);
+// Writes all that comes, or with a parent what differs from it, and commits. A stream that ends before its state is an
+// error.
+Result<void> receive_snapshot(int stream, SnapshotImage& image, ParentMemory* parent = nullptr);
 
 }  // namespace vmm

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "snapshot/handover.hpp"
+#include "snapshot/parent_memory.hpp"
 #include "snapshot/plan_sections.hpp"
 #include "snapshot/stream.hpp"
 #include "util/log.hpp"
@@ -99,21 +100,23 @@ Result<void> Snapshots::take_dirty_pages(PageSet& pages) {
   return {};
 }
 
-Result<SnapshotImage> Snapshots::begin_over_parent(const SnapshotBackend& backend, const std::string& name) const {
+Result<void> Snapshots::write_over_parent(const SnapshotBackend& backend, const std::string& name, int stream) const {
   const auto gone = [&](const std::string& why) {
     return Error{std::string("this VM's ") + (parent_->is_template ? "template" : "last snapshot") + " '" +
                      parent_->name + "' " + why + ": take a full one",
                  0, CLONE_ERR_NOT_FOUND};
   };
   // Begun first: from then on the backend sees to it that it is the same one.
-  auto image = backend.begin(name, parent_->name, machine_->memory().size_bytes());
+  const uint64_t memory_bytes = machine_->memory().size_bytes();
+  auto image = backend.begin(name, parent_->name, memory_bytes);
   if (!image.ok() && image.error().status == CLONE_ERR_NOT_FOUND)
     return gone(parent_->is_template ? "is not in this store" : "is not there any more");
   if (!image.ok()) return std::move(image).error();
   auto parent = TRY(backend.open(parent_->name));
   const auto id = TRY(parent.sections()).get<Id>(kCoreSections, kIdTag, kIdVersion);
   if (!id.ok() || *id != parent_->id) return gone("was replaced by another one");
-  return image;
+  ParentMemory parent_memory(TRY(parent.extents()), memory_bytes);
+  return receive_snapshot(stream, *image, &parent_memory);
 }
 
 Result<void> Snapshots::check_idle() const {
@@ -178,7 +181,8 @@ Result<void> Snapshots::snapshot(const json::object& given, Reply& reply) {
   // The writer has none of the guest's memory: all of it comes through the stream.
   auto [ours, theirs] = TRY(make_snapshot_stream());
   const auto write = [&]() -> Result<void> {
-    auto image = TRY(incremental ? begin_over_parent(*backend, name) : backend->begin(name, "", memory.size_bytes()));
+    if (incremental) return write_over_parent(*backend, name, theirs.get());
+    auto image = TRY(backend->begin(name, "", memory.size_bytes()));
     return receive_snapshot(theirs.get(), image);
   };
   const auto written = [=, this](Result<void> result) {

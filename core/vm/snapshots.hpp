@@ -75,7 +75,7 @@ class Snapshots {
   bool track();
   Result<void> take_dirty_pages(PageSet& pages);
   // Over the parent, as long as it is the one that the store has under its name.
-  Result<SnapshotImage> begin_over_parent(const SnapshotBackend& backend, const std::string& name) const;
+  Result<void> write_over_parent(const SnapshotBackend& backend, const std::string& name, int stream) const;
   // Saves the machine, paused for it, calls `then`, and says in the answer how long it stood still. Paused it stays only
   // if all of that succeeds and it is to end.
   Result<void> while_paused(Sections& sections, Afterwards afterwards, boost::json::object& answer,

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <functional>
 #include <thread>
 
 #include "scratch_dir.hpp"
 #include "snapshot/backend.hpp"
+#include "snapshot/parent_memory.hpp"
 #include "snapshot/stream.hpp"
 
 using namespace vmm;
@@ -80,6 +82,62 @@ TEST_CASE("snapshot stream: what was sent is there, the last of a page") {
   REQUIRE(loaded.ok());
   CHECK(loaded->all().size() == 2);
   CHECK(std::ranges::equal(*loaded->get("core", "large", 4), large));
+}
+
+TEST_CASE("snapshot stream: over a parent only what differs is kept, and the last of a page") {
+  Store store;
+  Sections sections;
+  const auto send = [&](const std::function<void(int)>& memory) {
+    std::thread sender([&store, &sections, memory] {
+      memory(store.ours.get());
+      (void)send_state(store.ours.get(), sections);
+    });
+    return sender;
+  };
+  std::thread base = send([](int stream) { CHECK(send_memory(stream, 16 * kPageSize, pages_of(1, 16)).ok()); });
+  REQUIRE(store.write("base").ok());
+  base.join();
+
+  auto parent = store.backend->open("base");
+  REQUIRE(parent.ok());
+  ParentMemory memory_of_parent(*parent->extents(), kBytes);
+  std::thread changes = send([](int stream) {
+    CHECK(send_memory(stream, 8 * kPageSize, pages_of(0, 8)).ok());    // zeroes as before
+    CHECK(send_memory(stream, 16 * kPageSize, pages_of(1, 4)).ok());   // ones as before
+    CHECK(send_memory(stream, 20 * kPageSize, pages_of(2, 2)).ok());   // other ones, of which
+    CHECK(send_memory(stream, 21 * kPageSize, pages_of(1, 1)).ok());   // one is as it was after all
+    CHECK(send_memory(stream, 31 * kPageSize, pages_of(3, 2)).ok());   // both sides of an extent's end
+    CHECK(send_memory(stream, 24 * kPageSize, pages_of(0, 1)).ok());   // zeroes where there were none
+  });
+  {
+    auto image = store.backend->begin("next", "base", kBytes);
+    REQUIRE(image.ok());
+    const auto written = receive_snapshot(store.theirs.get(), *image, &memory_of_parent);
+    changes.join();
+    REQUIRE_MESSAGE(written.ok(), written.error().message);
+  }
+  auto next = store.backend->open("next");
+  REQUIRE(next.ok());
+  CHECK(next->verify().ok());
+  const auto memory = GuestMemory::restore({.size_bytes = kBytes}, *next->extents());
+  REQUIRE(memory.ok());
+  for (uint64_t page = 0; page < kPages; ++page) {
+    CAPTURE(page);
+    const unsigned expected = page == 20 ? 2 : page == 31 || page == 32 ? 3 : page == 24 ? 0 : page >= 16 && page < 32;
+    const std::byte* bytes = memory->regions()[0].host + page * kPageSize;
+    CHECK(std::all_of(bytes, bytes + kPageSize, [&](std::byte b) { return b == std::byte(expected); }));
+  }
+  const auto entries = store.backend->list();
+  REQUIRE(entries.ok());
+  for (const auto& entry : *entries)
+    if (entry.name == "next") CHECK(entry.stored_bytes <= 8 * kPageSize);  // five pages and the state
+
+  std::thread beyond = send([](int stream) { (void)send_memory(stream, kBytes, pages_of(2, 1)); });
+  auto image = store.backend->begin("beyond", "base", kBytes);
+  REQUIRE(image.ok());
+  CHECK_FALSE(receive_snapshot(store.theirs.get(), *image, &memory_of_parent).ok());
+  store.theirs.reset();
+  beyond.join();
 }
 
 TEST_CASE("snapshot stream: one that ends before its state leaves nothing") {
