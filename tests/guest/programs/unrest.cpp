@@ -8,7 +8,7 @@ namespace {
 
 constexpr uint16_t kInterruptEnable = kSerialPort + 1, kIdentification = kSerialPort + 2,
                    kFifoControl = kSerialPort + 2, kModemControl = kSerialPort + 4, kLineStatus = kSerialPort + 5;
-constexpr uint64_t kStart = 16 << 20, kPageBytes = 4096;
+constexpr uint64_t kStart = 4 << 20, kPageBytes = 4096;
 constexpr uint64_t kPlaceBytes = 8 * kPageBytes;
 // How long another processor may take between its number and its write, in turns of a loop.
 constexpr uint64_t kPatience = 500'000'000;
