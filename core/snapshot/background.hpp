@@ -21,8 +21,8 @@ class BackgroundWork {
   using Done = std::function<void(Result<void>)>;
 
   // `work` runs in the child, where neither this process's threads nor its descriptors exist, but for `keep`, so that no
-  // lock or device of the machine outlives it: it opens what it needs, and waits for nobody. The machine is paused, its
-  // memory its own (GuestMemory::make_private); when this returns it may go on.
+  // lock or device of the machine outlives it: it opens what it needs, and waits for nobody. For work on its memory the
+  // machine is paused and that its own (GuestMemory::make_private); when this returns it may go on.
   static Result<std::unique_ptr<BackgroundWork>> start(EventLoop& loop, const std::function<Result<void>()>& work,
                                                        Done done, int keep = -1);
   BackgroundWork(const BackgroundWork&) = delete;
