@@ -582,7 +582,7 @@ TEST_CASE("a fork that is killed at any moment leaves nothing in the machine tha
       stage.ends_well(whole);
     }
     const auto before = held();
-    for (int delay_ms = 0; delay_ms < 60; delay_ms += 4) {
+    for (int delay_ms = 0; delay_ms < 60; delay_ms += 8) {
       CAPTURE(delay_ms);
       VmmProcess vm({"fork", "--from", "source"});
       std::this_thread::sleep_for(std::chrono::milliseconds(delay_ms));

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bare guests that work hard while they are kept and forked: all of their processors write to memory and check it.
+// Bare guests that work hard while they are kept and forked: all of their processors write to memory and check it, or
+// their disk's queue is never empty.
 #include <doctest/doctest.h>
 
 #include <cstdio>
@@ -61,8 +62,8 @@ struct Stage {
 };
 
 std::vector<std::string> machine(const std::string& backing, const std::string& processors) {
-  return {"--mem",  "64M",    "--mem-backing", backing, "--vcpus", processors,
-          "--name", "source", "--cmdline",     "processors=" + processors};
+  return {"--mem",    "64M",    "--mem-backing", backing,     "--vcpus",
+          processors, "--name", "source",        "--cmdline", "processors=" + processors};
 }
 
 // Again and again: its child and its child's child go on beside it.
@@ -124,5 +125,44 @@ TEST_CASE("snapshots of a machine that writes all the time, full and of what cha
       stage.ends_well(fork);
     }
     stage.ends_well(source);
+  }
+}
+
+TEST_CASE("what waits in a disk's queue when its machine is kept is done in each fork") {
+  const Stage stage;
+  ::setenv("HOME", stage.dir.path().c_str(), 1);  // of temporary layers
+  const std::string disk = stage.dir.write("disk", std::string(1 << 20, '\0'));
+  const auto writes = [](VmmProcess& vm, const char* how) {
+    vm.type(how);
+    std::string line;
+    REQUIRE(vm.wait_for_line("writes ", line));
+    unsigned long long count = 0;
+    unsigned damaged = 0;
+    REQUIRE(std::sscanf(line.c_str(), "writes %llu damaged %u", &count, &damaged) >= 1);
+    CHECK(damaged == 0);
+    return count;
+  };
+  unsigned long long before = 0;
+  {
+    VmmProcess source("inflight", {"--mem", "64M", "--name", "source", "--block", disk + ",iops=100,iops-burst=1"});
+    REQUIRE(source.wait_for("ready\n"));
+    while (before < 10) {
+      std::this_thread::sleep_for(20ms);
+      before = writes(source, "?");
+    }
+    stage.succeeds({"snapshot", "--name", "base", "--stop", "source"});
+    CHECK(source.finish().status == 6);
+  }
+  const std::vector<std::string> fork = stage.with_store({"fork", "--template", "base"});
+  VmmProcess one(fork), two(fork);
+  for (VmmProcess* vm : {&one, &two}) {
+    const unsigned long long now = writes(*vm, "?");
+    CHECK(now >= before);
+    while (writes(*vm, "?") < now + 10) std::this_thread::sleep_for(20ms);
+    CHECK(writes(*vm, ".") >= now + 10);
+    const VmmResult result = vm->finish();
+    CHECK(result.output.find("FAILED") == std::string::npos);
+    CHECK(result.errors == "");
+    CHECK(result.status == 0);
   }
 }

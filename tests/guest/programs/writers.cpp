@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Processors that write to memory without a pause, each to pages of its own, and look at what they wrote before they write
-// anew: nothing may be lost, and nothing come from another machine. `?` tells how far they are, `.` ends.
+// Processors that write to memory without a pause, each to pages of its own, and look at what they wrote before they
+// write anew: nothing may be lost, and nothing come from another machine. `?` tells how far they are, `.` ends.
 #include "guest.hpp"
 
 namespace {
@@ -57,7 +57,8 @@ void write(uint32_t number) {
   const uint64_t start = kStart + number * kPages * kPageBytes;
   uint64_t last_generation = 0;
   while (!end) {
-    // A fork has another one from its first instruction on. What it writes in the pass under way is still the old one's.
+    // A fork has another one from its first instruction on. What it writes in the pass under way is still the old
+    // one's.
     const uint64_t generation = at<uint64_t>(kGeneration);
     for (uint64_t address = start; address < start + kPages * kPageBytes; address += kPageBytes) {
       volatile uint64_t& word = at<uint64_t>(address);

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+# A Debian guest that computes, reads its disk, writes to memory and watches its clocks is kept, whole and by what changed, and
+# forked, while it does: all of it goes on without an error there and in each fork, also when the templates are gone.
+# seconds: 90
+export CLONE_RUNTIME_DIR=$WORK/run
+agent=$(dirname "$CLONE")/../libexec/clone/clone-agent
+numbers=$(busybox seq 1 1000 | busybox sort -r | busybox sha256sum)
+root_image <<END
+dd if=/dev/urandom of=/run/untouched bs=64k count=32 2>/dev/null
+md5sum </run/untouched >/run/untouched.sum
+/load 2 64 /run/load &
+busybox=\$(md5sum </bin/busybox)
+( right=0 wrong=0
+  while :; do
+    [ "\$(seq 1 1000 | sort -r | gzip | gunzip | sha256sum)" = "$numbers" ] && right=\$((right + 1)) || wrong=\$((wrong + 1))
+    echo 1 >/proc/sys/vm/drop_caches
+    [ "\$(md5sum </bin/busybox)" = "\$busybox" ] && right=\$((right + 1)) || wrong=\$((wrong + 1))
+    echo "right \$right wrong \$wrong" >/run/sums.new
+    mv /run/sums.new /run/sums
+    sleep 0.5
+  done ) &
+echo "root is up"
+while read -r line; do :; done
+END
+debugfs -w -R "write $agent usr/sbin/clone-agent" root.ext4 2>/dev/null
+debugfs -w -R "set_inode_field usr/sbin/clone-agent mode 0100755" root.ext4 2>/dev/null
+debugfs -w -R "write $FIXTURES/load load" root.ext4 2>/dev/null
+store=(--store "$WORK/store")
+guest() { "$CLONE" exec --vm-id "$1" --timeout 30 -- "${@:2}"; }
+progress() { # VM: into passes, right and set_back, without an error
+  local errors backwards wrong _
+  read -r _ passes _ errors _ backwards _ set_back _ right _ wrong <<<"$(guest "$1" cat /run/load /run/sums | tr '\n' ' ')"
+  equal "$1: errors in memory, clocks that went backwards, wrong sums" "$errors $backwards $wrong" "0 0 0"
+}
+works() { # VM
+  local passes right wanted_passes wanted_right end=$((SECONDS + 60))
+  progress "$1"
+  wanted_passes=$((passes + 3)) wanted_right=$((right + 2))
+  until progress "$1"; ((passes >= wanted_passes && right >= wanted_right)); do
+    ((SECONDS < end)) || fail "$1: $passes passes, $right sums are not $wanted_passes and $wanted_right"
+    sleep 0.3
+  done
+  echo "$1: $passes passes, $right sums after $SECONDS s"
+}
+
+"$CLONE" run --kernel "$KERNEL_CLOUD" --rootfs root.ext4 --overlay tmpfs --mem 96M --mem-backing memfd --vcpus 2 --name source --no-reboot \
+  --cmdline quiet </dev/null >console-source.log 2>&1 &
+source=$!
+within 120 contains console-source.log "root is up"
+echo "up after $SECONDS s"
+within 30 guest source test -e /run/sums
+works source
+"$CLONE" snapshot --name whole "${store[@]}" source
+works source
+"$CLONE" snapshot --name changed --incremental "${store[@]}" source
+works source
+forks=()
+for name in whole changed; do
+  "$CLONE" fork --template $name "${store[@]}" --name $name </dev/null >console-$name.log 2>&1 &
+  forks+=($!)
+done
+"$CLONE" fork --from source --name live </dev/null >console-live.log 2>&1 &
+forks+=($!)
+for name in whole changed live; do within 60 guest $name true; done
+for name in changed whole; do "$CLONE" template rm $name "${store[@]}"; done
+for name in source whole changed live; do
+  works $name
+  [[ $name != source ]] || equal "times that the source's wall clock went back" $set_back 0
+  guest $name sh -c 'md5sum </run/untouched | cmp - /run/untouched.sum'
+  equal "$name: complaints of its kernel" "$(guest $name dmesg | grep -E 'BUG|Oops|corrupt|EXT4-fs error|I/O error|soft lockup|clocksource.*unstable' || true)" ""
+done
+for name in source whole changed live; do "$CLONE" stop --force $name; done
+for process in $source "${forks[@]}"; do ends_with 6 wait "$process"; done
