@@ -80,7 +80,8 @@ Result<void> SnapshotBackend::remove(const std::string& name) const {
 
 // All zero for a backend that keeps none.
 clone_snapshot_notes SnapshotBackend::notes() const {
-  return copy_table(static_cast<const clone_snapshot_notes*>(type_.table.get_extension(backend_, CLONE_SNAPSHOT_NOTES)));
+  return copy_table(
+      static_cast<const clone_snapshot_notes*>(type_.table.get_extension(backend_, CLONE_SNAPSHOT_NOTES)));
 }
 
 SnapshotImage::~SnapshotImage() {
@@ -191,9 +192,8 @@ Result<std::optional<std::vector<std::byte>>> SnapshotImage::read_note(const std
 Result<void> SnapshotImage::write_note(const std::string& name, std::span<const std::byte> note) {
   const clone_snapshot_notes notes = backend_->notes();
   if (!notes.write) return Error{"this backend keeps no notes", 0, CLONE_ERR_UNSUPPORTED};
-  TRY(backend_->call("while a note was written", [&](clone_err* err) {
-    return notes.write(image_, name.c_str(), note.data(), note.size(), err);
-  }));
+  TRY(backend_->call("while a note was written",
+                     [&](clone_err* err) { return notes.write(image_, name.c_str(), note.data(), note.size(), err); }));
   return {};
 }
 

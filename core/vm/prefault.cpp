@@ -20,7 +20,8 @@ constexpr std::chrono::milliseconds kFirstMoments{2000};
 // While a piece is mapped, whoever gives memory back or maps other memory waits.
 constexpr uint64_t kPiecePages = 64;
 
-// The note: this, then the runs of pages that were read, then of those that were written. Little endian, as the host is.
+// The note: this, then the runs of pages that were read, then of those that were written. Little endian, as the host
+// is.
 constexpr char kMagic[8] = {'T', 'O', 'U', 'C', 'H', 'E', 'D', '1'};
 struct NoteHeader {
   char magic[8];
@@ -139,7 +140,8 @@ void Prefault::map_recorded_or_record() {
   if (*note) {
     const auto pages = decode_touched(**note, memory_.size_bytes() / kPageSize);
     // The copies first: they are what a vCPU would wait for longest.
-    if (pages.ok()) return void(map(pages->written, GuestMemory::Use::write) && map(pages->read, GuestMemory::Use::read));
+    if (pages.ok())
+      return void(map(pages->written, GuestMemory::Use::write) && map(pages->read, GuestMemory::Use::read));
     log_debug(pages.error().message);
   }
   {
