@@ -118,11 +118,12 @@ class GuestMemory {
   // Wishes for transparent huge pages wherever the range touches one. A host without them does without. [any]
   void prefer_huge_pages(GuestAddress start, uint64_t size_bytes) const;
 
-  // What of restored memory is mapped by now: what was read, what the kernel mapped around that, what was written. [any]
+  // What of restored memory is mapped by now: what was read, what the kernel mapped around that, what was written.
+  // [any]
   Result<TouchedPages> touched() const;
   enum class Use { read, write };
-  // Maps pages of restored memory ahead of their use, those that will be written as copies; what was given back stays so.
-  // Pages that are not memory are left out. False when the host's kernel cannot (before Linux 5.14). [any]
+  // Maps pages of restored memory ahead of their use, those that will be written as copies; what was given back stays
+  // so. Pages that are not memory are left out. False when the host's kernel cannot (before Linux 5.14). [any]
   bool populate(PageRun run, Use use) const;
 
   // Copies; false, and nothing done, when the range is not memory. write() marks pages dirty. [any]

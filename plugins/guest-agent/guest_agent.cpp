@@ -36,7 +36,8 @@ using protocol::Writer;
 
 constexpr uint64_t kFirstRetryMs = 100;
 constexpr uint64_t kLongestRetryMs = 1000;
-// In a machine that was loaded the agent is there. What the driver may end is the connection that came before its reset.
+// In a machine that was loaded the agent is there. What the driver may end is the connection that came before its
+// reset.
 constexpr uint64_t kFirstRetryAfterLoadMs = 1;
 // Whoever waits for a machine that was loaded has a question of their own, and comes before the agent's reports.
 constexpr uint64_t kFirstReportMs = 250;

@@ -76,8 +76,7 @@ class Backend final : public clone_sdk::SnapshotBackend {
         return Error{"snapshot '" + name + "' is the parent of '" + child + "'; allowed is to remove that one first", 0,
                      CLONE_ERR_BUSY};
     for (const std::string& file : CLONE_TRY(names_in(folder.get()).context(store.path_of(name))))
-      if (!is_of_snapshot(file))
-        return Error{store.path_of(name) + ": holds " + file + ", which is not a snapshot's"};
+      if (!is_of_snapshot(file)) return Error{store.path_of(name) + ": holds " + file + ", which is not a snapshot's"};
     const TemporaryFolder hidden = CLONE_TRY(store.make_temporary(name));
     if (::renameat(store.fd(), name.c_str(), store.fd(), hidden.name.c_str()) != 0) {
       const int code = errno;

@@ -218,8 +218,8 @@ Result<std::optional<std::vector<std::byte>>> StoredSnapshot::read_note(std::str
   return note;
 }
 
-// Under another name until it is whole, which remove() takes for the snapshot's, too. It need not outlive a crash of the
-// host, so nothing is synced.
+// Under another name until it is whole, which remove() takes for the snapshot's, too. It need not outlive a crash of
+// the host, so nothing is synced.
 Result<void> StoredSnapshot::write_note(std::string_view name, std::span<const std::byte> note) {
   const std::string file = CLONE_TRY(note_file(name));
   const std::string path = chain_.front().path + "/" + file;

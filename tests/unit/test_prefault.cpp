@@ -35,8 +35,7 @@ struct Template {
   Catalogue catalogue = std::move(*Catalogue::scan({CLONE_TEST_PLUGIN_DIR}, PluginTrust::any));
   PluginLibrary library{catalogue};
   std::string store = dir.path() + "/store";
-  std::unique_ptr<SnapshotBackend> backend =
-      std::move(*SnapshotBackend::create(library, "file", {{"store", store}}));
+  std::unique_ptr<SnapshotBackend> backend = std::move(*SnapshotBackend::create(library, "file", {{"store", store}}));
 
   Template() {
     auto image = backend->begin("base", "", kPages * kPageSize);
@@ -104,15 +103,15 @@ TEST_CASE("prefault: hostile notes are refused, or name pages of this memory onl
   };
   constexpr size_t runs = 24;  // behind the header
   CHECK(with(runs, 1));
-  CHECK(!with(0, 0));                          // magic
-  CHECK(!with(16, 3));                         // more runs than there are
+  CHECK(!with(0, 0));   // magic
+  CHECK(!with(16, 3));  // more runs than there are
   CHECK(!with(16, ~0u));
   CHECK(!with(20, ~0u));
-  CHECK(!with(runs, kPages));                  // outside
-  CHECK(!with(runs + 4, kPages));              // over the end
+  CHECK(!with(runs, kPages));      // outside
+  CHECK(!with(runs + 4, kPages));  // over the end
   CHECK(!with(runs + 4, ~0u));
-  CHECK(!with(runs + 4, 0));                   // empty
-  CHECK(!with(runs + 8, 2));                   // into the run before
+  CHECK(!with(runs + 4, 0));  // empty
+  CHECK(!with(runs + 8, 2));  // into the run before
   CHECK(!decode_touched(std::span(note).first(note.size() - 1), kPages).ok());
   CHECK(!decode_touched({}, kPages).ok());
   const TouchedPages much{{}, {{0, kMostWrittenPages}}};
@@ -129,7 +128,8 @@ TEST_CASE("prefault: hostile notes are refused, or name pages of this memory onl
     const auto read = decode_touched(changed, kPages);
     if (!read.ok()) continue;
     for (const auto* list : {&read->read, &read->written})
-      for (const PageRun& run : *list) REQUIRE((run.count > 0 && run.first < kPages && run.count <= kPages - run.first));
+      for (const PageRun& run : *list)
+        REQUIRE((run.count > 0 && run.first < kPages && run.count <= kPages - run.first));
   }
 }
 
