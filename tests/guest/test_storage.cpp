@@ -73,7 +73,7 @@ TEST_CASE("a fork's first snapshot is a difference to its template, over generat
   stage.succeeds(stage.snapshot("g0", "source", false));
   stage.ends_well(source);
   unsigned step = 1;
-  for (unsigned generation = 1; generation <= 4; ++generation) {
+  for (unsigned generation = 1; generation <= 3; ++generation) {
     CAPTURE(generation);
     const auto name = [](unsigned number, const char* more = "") { return "g" + std::to_string(number) + more; };
     VmmProcess fork(fork_of(stage, name(generation - 1), "fork"));
@@ -93,16 +93,16 @@ TEST_CASE("a fork's first snapshot is a difference to its template, over generat
   // A fork needs all of the chain, and nobody else's.
   const std::string first = stage.store + "/g0", away = stage.dir.path() + "/away";
   fs::rename(first, away);
-  stage.fails({"fork", "--template", "g4"}, "its parent 'g0' is missing in " + stage.store);
-  stage.fails({"snapshot", "verify", "g4"}, "its parent 'g0' is missing in " + stage.store);
+  stage.fails({"fork", "--template", "g3"}, "its parent 'g0' is missing in " + stage.store);
+  stage.fails({"snapshot", "verify", "g3"}, "its parent 'g0' is missing in " + stage.store);
   fs::rename(away, first);
   if (::geteuid() == 0) {
     REQUIRE(::chown(first.c_str(), 1234, 1234) == 0);
-    stage.fails({"fork", "--template", "g4"}, first + ": refused: belongs to user 1234; allowed is root");
+    stage.fails({"fork", "--template", "g3"}, first + ": refused: belongs to user 1234; allowed is root");
     REQUIRE(::chown(first.c_str(), 0, 0) == 0);
   }
-  stage.succeeds({"template", "verify", "g4"});
-  stage.succeeds({"template", "flatten", "g4", "flat"});
+  stage.succeeds({"template", "verify", "g3"});
+  stage.succeeds({"template", "flatten", "g3", "flat"});
   stage.holds("flat", step);
   VmmProcess last(fork_of(stage, "flat", "last"));
   CHECK(stage.ask(last, "+") == step + 1);
@@ -165,7 +165,7 @@ TEST_CASE("a fork's first snapshot needs its template, that very one, and a mach
 
 TEST_CASE("a template that lies compressed is forked, and is a parent, as it was") {
   const Stage stage;
-  VmmProcess source("changes", {"--mem", "64M", "--name", "source", "--cmdline", "mib=32"});
+  VmmProcess source("changes", machine());
   REQUIRE(source.wait_for("ready\n"));
   stage.succeeds(stage.snapshot("base", "source", false));
   CHECK(stage.ask(source, "+") == 1);
@@ -183,31 +183,28 @@ TEST_CASE("a template that lies compressed is forked, and is a parent, as it was
   CHECK(stored_bytes(stage, "base") < before / 8);
   CHECK(stage.ask(fork) == 1);
   stage.holds("base", 0);
-  stage.holds("one", 1);
   // Over it: the source's next one, and the first one of a fork.
   CHECK(stage.ask(source, "+") == 2);
   stage.succeeds(stage.snapshot("two", "source"));
-  stage.holds("two", 2);
   CHECK(stage.ask(fork, "+") == 2);
   stage.succeeds(stage.snapshot("of-fork", "fork"));
-  stage.holds("of-fork", 2);
+  for (VmmProcess* vm : {&source, &fork}) stage.ends_well(*vm);
+  for (const char* name : {"two", "of-fork"}) stage.holds(name, 2);
   stage.succeeds({"template", "flatten", "two", "flat"});
-  stage.holds("flat", 2);
   const std::string file = stage.dir.path() + "/file";
   stage.succeeds({"template", "export", "one", file});
   stage.succeeds({"template", "import", file, "--name", "imported"});
-  stage.holds("imported", 1);
-  for (const char* name : {"base", "one", "flat", "flat"}) stage.succeeds({"template", "decompress", name});
+  for (const char* name : {"base", "one", "flat"}) stage.succeeds({"template", "decompress", name});
   CHECK(entries(stage.store + "/base") == Names{"memory", "state"});
   CHECK(stored_bytes(stage, "base") <= before);
-  for (const char* name : {"two", "of-fork"}) stage.succeeds({"template", "verify", name});
-  stage.holds("two", 2);
+  for (const char* name : {"two", "of-fork", "imported"}) stage.succeeds({"template", "verify", name});
+  stage.holds("flat", 2);
+  stage.holds("imported", 1);
   stage.succeeds({"template", "compress", "flat"});
   stage.succeeds({"template", "rm", "flat"});
   const VmmResult kept = run_command({"template", "compress", "base", "--backend", "memory"});
   CHECK(kept.errors.find("the snapshot backend memory does not compress templates") != std::string::npos);
   stage.fails({"template", "compress", "nobody"}, "there is no snapshot 'nobody'");
-  for (VmmProcess* vm : {&source, &fork}) stage.ends_well(*vm);
 }
 
 TEST_CASE("a disk that is full in the middle of it leaves nothing, and the machine runs on") {
@@ -261,10 +258,10 @@ TEST_CASE("a machine that goes in the middle of its snapshot leaves no process, 
   const Stage stage;
   unsigned halfway = 0;
   for (const bool killed : {true, false}) {
-    for (unsigned round = 0; round < 4; ++round) {
+    for (unsigned round = 0; round < 3; ++round) {
       CAPTURE(killed);
       CAPTURE(round);
-      VmmProcess source("changes", {"--mem", "256M", "--name", "source", "--cmdline", "mib=128"});
+      VmmProcess source("changes", {"--mem", "128M", "--name", "source", "--cmdline", "mib=96"});
       REQUIRE(source.wait_for("ready\n"));
       auto told = std::async(std::launch::async, [&] { return stage.command(stage.snapshot("x", "source", false)); });
       const auto limit = std::chrono::steady_clock::now() + 10s;
@@ -284,8 +281,9 @@ TEST_CASE("a machine that goes in the middle of its snapshot leaves no process, 
         source.type(".");
       const VmmResult end = source.finish();
       CHECK(end.status == (killed ? 128 + SIGKILL : 0));
-      const bool whole = told.get().status == 0;
-      CHECK(whole == fs::exists(stage.store + "/x"));
+      const bool succeeded = told.get().status == 0;
+      const bool whole = fs::exists(stage.store + "/x");  // which nobody may have lived to tell
+      CHECK((whole || !succeeded));
       halfway += !whole && !hidden().empty();
       // None that could still write; whoever adopts it may not have waited for it yet.
       const auto lives = [&] {
@@ -303,7 +301,7 @@ TEST_CASE("a machine that goes in the middle of its snapshot leaves no process, 
       fs::remove_all(stage.store);
     }
   }
-  MESSAGE(halfway << " of 8 in the middle");
+  MESSAGE(halfway << " of 6 in the middle");
   CHECK(halfway > 0);
 }
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # A Debian guest is kept five times over, each time what changed: each link's fork has the files and the page cache of its moment,
 # also what the disk's device wrote into its memory; a chain becomes one snapshot, and a file.
-# seconds: 130
+# seconds: 155
 export CLONE_RUNTIME_DIR=$WORK/run
 agent=$(dirname "$CLONE")/../libexec/clone/clone-agent
 root_image <<'END'
@@ -46,5 +46,16 @@ holds() { # template, link: its fork is as the source was then
 }
 for link in 1 3 5; do holds link$link $link; done
 for template in imported idle; do holds $template 5; done
+# A fork's first one is a difference to its template, of which a part may lie compressed.
+"$CLONE" template compress link0 "${store[@]}"
+"$CLONE" fork --template link5 "${store[@]}" --name branch </dev/null >console-branch.log 2>&1 &
+branch=$!
+within 30 guest branch true
+guest branch sh -c 'dd if=/dev/urandom of=/run/own bs=64k count=8 2>/dev/null; rm /run/in1; cp /run/in2 /run/in6'
+guest branch sh -c 'cd /run; md5sum in* own /bin/busybox' >sums6
+"$CLONE" snapshot --name branch1 --incremental "${store[@]}" branch
+"$CLONE" stop --force branch
+ends_with 6 wait $branch
+holds branch1 6
 "$CLONE" stop --force source
 ends_with 6 wait $source
