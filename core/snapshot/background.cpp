@@ -29,9 +29,8 @@ int wait_for(pid_t child) {
   return status;
 }
 
-// Nothing of what the other process holds is touched: no destructors, no exit handlers. It does not outlive the other.
-[[noreturn]] void be_the_child(pid_t parent, int result, int keep, const std::function<Result<void>()>& work) {
-  if (::prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || ::getppid() != parent) ::_exit(1);
+// Nothing of what the other process holds is touched: no destructors, no exit handlers.
+[[noreturn]] void be_the_child(int result, int keep, const std::function<Result<void>()>& work) {
   const auto [low, high] = std::minmax(result, keep < 0 ? result : keep);
   close_between(STDERR_FILENO + 1, low - 1);
   close_between(low + 1, high - 1);
@@ -46,15 +45,20 @@ int wait_for(pid_t child) {
 
 Result<std::unique_ptr<BackgroundWork>> BackgroundWork::start(EventLoop& loop,
                                                               const std::function<Result<void>()>& work, Done done,
-                                                              int keep) {
+                                                              int keep, Abandoned abandoned) {
   int ends[2];
   if (::pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0) return errno_error("pipe");
   Fd ours(ends[0]), theirs(ends[1]);
   const pid_t parent = ::getpid();
   const pid_t child = ::fork();
   if (child < 0) return errno_error("fork");
-  if (child == 0) be_the_child(parent, theirs.get(), keep, work);
-  std::unique_ptr<BackgroundWork> running(new BackgroundWork(loop, std::move(ours), child, std::move(done)));
+  if (child == 0) {
+    const bool dies_along = abandoned == Abandoned::killed;
+    if (dies_along && (::prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || ::getppid() != parent)) ::_exit(1);
+    be_the_child(theirs.get(), keep, work);
+  }
+  std::unique_ptr<BackgroundWork> running(
+      new BackgroundWork(loop, std::move(ours), child, std::move(done), abandoned));
   TRY(loop.add_fd(running->result_.get(), CLONE_READABLE, [self = running.get()](uint32_t) { self->ready(); }));
   return running;
 }
@@ -62,7 +66,7 @@ Result<std::unique_ptr<BackgroundWork>> BackgroundWork::start(EventLoop& loop,
 BackgroundWork::~BackgroundWork() {
   if (!result_) return;
   loop_.remove_fd(result_.get());
-  ::kill(child_, SIGKILL);
+  if (abandoned_ == Abandoned::killed) ::kill(child_, SIGKILL);
   wait_for(child_);
 }
 

@@ -17,21 +17,24 @@ namespace vmm {
 // On the main loop, all of it.
 class BackgroundWork {
  public:
-  // Called once, unless this object goes before, or this process dies: the child is killed then, and nobody is told.
+  // Called once, unless this object goes before, or this process dies. Nobody is told then.
   using Done = std::function<void(Result<void>)>;
+  // What becomes of the child then: one that sees by itself that its work is over can put away what it has begun.
+  enum class Abandoned { killed, awaited };
 
   // `work` runs in the child, where neither this process's threads nor its descriptors exist, but for `keep`, so that no
   // lock or device of the machine outlives it: it opens what it needs, and waits for nobody. For work on its memory the
   // machine is paused and that its own (GuestMemory::make_private); when this returns it may go on.
   static Result<std::unique_ptr<BackgroundWork>> start(EventLoop& loop, const std::function<Result<void>()>& work,
-                                                       Done done, int keep = -1);
+                                                       Done done, int keep = -1,
+                                                       Abandoned abandoned = Abandoned::killed);
   BackgroundWork(const BackgroundWork&) = delete;
   BackgroundWork& operator=(const BackgroundWork&) = delete;
   ~BackgroundWork();
 
  private:
-  BackgroundWork(EventLoop& loop, Fd result, pid_t child, Done done)
-      : loop_(loop), result_(std::move(result)), child_(child), done_(std::move(done)) {}
+  BackgroundWork(EventLoop& loop, Fd result, pid_t child, Done done, Abandoned abandoned)
+      : loop_(loop), result_(std::move(result)), child_(child), done_(std::move(done)), abandoned_(abandoned) {}
 
   void ready();
 
@@ -39,6 +42,7 @@ class BackgroundWork {
   Fd result_;
   pid_t child_;
   Done done_;
+  const Abandoned abandoned_;
   std::string text_;
 };
 

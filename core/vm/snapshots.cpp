@@ -199,7 +199,9 @@ Result<void> Snapshots::snapshot(const json::object& given, Reply& reply) {
     if (afterwards == Afterwards::end) owner_.end();
   };
   memory.share_with_children(false);
-  auto writer = BackgroundWork::start(loop_, write, written, theirs.get());
+  // Without its machine the writer finds the stream's end, and clears away what it began.
+  auto writer =
+      BackgroundWork::start(loop_, write, written, theirs.get(), BackgroundWork::Abandoned::awaited);
   memory.share_with_children(true);
   if (!writer.ok()) return std::move(writer).error();
   pending_.reset(new Pending{"snapshot", std::move(reply), std::move(*writer), std::move(ours)});
