@@ -10,7 +10,7 @@ _clone_options() { # COMMAND: its options
       ;;
     fork)
       echo --template --from --count --prepare --prefault --backend --store --ksm --no-reboot --grace --name --no-control --device \
-        --rootfs --block --overlay --plugin-dir --allow-insecure-plugins --timing --verbose --quiet
+        --rootfs --block --overlay --balloon --cid --vsock --plugin-dir --allow-insecure-plugins --timing --verbose --quiet
       ;;
     snapshot) echo --vm-id --name --incremental --backend --store --stop ;;
     'template list' | 'template inspect') echo --json --backend --store --plugin-dir --allow-insecure-plugins ;;
@@ -86,7 +86,7 @@ _clone() {
     run:--mem-backing) _clone_offer "anonymous memfd" ;;
     run:--huge-pages) _clone_offer "off kernel transparent 2M" ;;
     run:--ksm | fork:--ksm) _clone_offer "on off" ;;
-    run:--vsock) _clone_offer "auto vhost user" ;;
+    run:--vsock | fork:--vsock) _clone_offer "auto vhost user" ;;
     run:--transport) _clone_offer "$(_clone_provided "$program" transport)" ;;
     run:--balloon-policy) _clone_offer "$(_clone_provided "$program" balloon-policy) none" ;;
     run:--device | run:--without | fork:--device) _clone_offer "$(_clone_provided "$program" device)" ;;
@@ -102,7 +102,7 @@ _clone() {
       _clone_offer_files -f
       ;;
     run:--cmdline | run:--init | run:--mem | run:--mem-mb | run:--vcpus | run:--grace | run:--name | run:--balloon | run:--cid) ;;
-    fork:--grace | fork:--name | fork:--count | fork:--prepare | snapshot:--name | snapshot:-n | 'template import':--name | 'template import':-n) ;;
+    fork:--grace | fork:--name | fork:--count | fork:--prepare | fork:--balloon | fork:--cid | snapshot:--name | snapshot:-n | 'template import':--name | 'template import':-n) ;;
     stop:--grace | exec:--user | exec:-u | exec:--workdir | exec:-w | exec:--env | exec:-e | exec:--timeout | cp:--timeout) ;;
     'plugin check':--with | 'plugin check':--time-limit | 'rootfs create':--size | 'rootfs create':--hostname) ;;
     'rootfs create':--from-docker | 'rootfs create':--release | 'rootfs create':--mirror | 'rootfs create':--package) ;;

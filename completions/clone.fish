@@ -86,12 +86,12 @@ complete -c clone -n '__clone_in run' -l transport -xa '(__clone_provided transp
 complete -c clone -n '__clone_in run' -l balloon-policy -xa 'none (__clone_provided balloon-policy)' -d 'What decides how much memory is given back'
 complete -c clone -n '__clone_in run fork' -l device -xa '(__clone_provided device)' -d 'Add a device'
 complete -c clone -n '__clone_in run' -l without -xa '(__clone_provided device)' -d 'Leave out a default device'
-complete -c clone -n '__clone_in run' -l balloon -x -d 'Take this much memory back'
+complete -c clone -n '__clone_in run fork' -l balloon -x -d 'Take this much memory back'
 complete -c clone -n '__clone_in run fork' -l rootfs -rF -d 'Boot from this disk image'
 complete -c clone -n '__clone_in run fork' -l block -rF -d 'Attach a disk image'
 complete -c clone -n '__clone_in run fork' -l overlay -rFa 'tmpfs auto off' -d 'Leave the image of --rootfs as it is'
-complete -c clone -n '__clone_in run' -l cid -x -d "The guest's vsock context id"
-complete -c clone -n '__clone_in run' -l vsock -xa 'auto vhost user' -d 'Who carries vsock streams'
+complete -c clone -n '__clone_in run fork' -l cid -x -d "The guest's vsock context id"
+complete -c clone -n '__clone_in run fork' -l vsock -xa 'auto vhost user' -d 'Who carries vsock streams'
 complete -c clone -n '__clone_in run' -l dry-run -d 'Print the plan as a profile and exit'
 complete -c clone -n '__clone_in run fork' -l timing -d 'Print what each step of the start took'
 complete -c clone -n '__clone_in run fork' -l verbose -s v -d 'Tell more of what happens'

@@ -183,11 +183,7 @@ Result<void> Forks::open(const ForkOptions& options) {
 }
 
 Result<Plan> Forks::plan_of(const ForkOptions& options) const {
-  Plan plan = TRY(make_plan(profile_, options.start.settings));
-  plan.complete = true;  // the guest knows of no others
-  // Those that the profile does not have come from the command line.
-  for (PlannedDevice& device : plan.devices) device.is_new = device.where.empty();
-  return plan;
+  return plan_of_fork(profile_, options.start.settings);
 }
 
 // Its name may be another template's by now.

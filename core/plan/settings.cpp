@@ -163,7 +163,8 @@ bool is_default_device(const std::string& name, const Catalogue& catalogue) {
 // `--rootfs FILE[,key=value…]`: the '%' of the expansion is FILE, the rest follows as it is.
 Setting short_form(const ShortFlag& flag, const Catalogue& catalogue) {
   Setting setting;
-  setting.adds_device = !is_default_device(flag.device, catalogue);
+  setting.sets_default_device = is_default_device(flag.device, catalogue);
+  setting.adds_device = !setting.sets_default_device;
   setting.name = flag.flag.substr(2);
   setting.value_name = flag.value_name + (flag.value_is_optional ? "" : "[,KEY=VALUE...]");
   setting.group = "Devices";

@@ -35,6 +35,7 @@ struct Setting {
   std::function<Result<void>(Plan&, const std::string& value, const SettingSource&)> apply;
   bool changes_devices = false;  // those that other settings make: applied after all of these
   bool adds_device = false;      // one more, of those that a machine may have any number of
+  bool sets_default_device = false;  // the one that every machine has, unless it was left out
 };
 
 // The core's own settings, then the short forms that plugins declare in their manifests.

@@ -26,5 +26,7 @@ Result<std::vector<GivenSetting>> saved_settings(const Sections& sections, const
 
 // Whether a fork may be given another value: what does not change the machine that its guest knows, or adds to it.
 bool is_setting_of_forks(const Setting& setting);
+// The machine of the profile, with what a fork is given. A short form for a device that is there already sets options of it.
+Result<Plan> plan_of_fork(const std::vector<GivenSetting>& profile, const std::vector<GivenSetting>& given);
 
 }  // namespace vmm

@@ -69,11 +69,28 @@ TEST_CASE("settings: every row has what --help needs, and a name of its own") {
   CHECK(std::count(names.begin(), names.end(), "rootfs") == 1);
 }
 
-TEST_CASE("settings: a fork takes what adds a device, but not another of those that every machine has") {
+TEST_CASE("settings: a fork takes what adds a device, or sets one that is there") {
   const auto settings = all_settings(built_plugins());
-  for (const char* name : {"device", "block", "overlay", "name"}) CHECK(is_setting_of_forks(find(settings, name)));
-  for (const char* name : {"balloon", "cid", "vsock", "transport", "without", "mem", "vcpus", "kernel"})
+  for (const char* name : {"device", "block", "overlay", "name", "cid", "vsock", "balloon"})
+    CHECK(is_setting_of_forks(find(settings, name)));
+  for (const char* name : {"transport", "without", "mem", "vcpus", "kernel"})
     CHECK(!is_setting_of_forks(find(settings, name)));
+
+  const auto given = [&](const char* name, const char* value, const char* where = "") {
+    return GivenSetting{&find(settings, name), value, {"", where}, std::string("--") + name};
+  };
+  const std::vector<GivenSetting> profile = {given("device", "virtio-vsock,cid=5,backend=user", "1:1"),
+                                             given("device", "virtio-rng", "2:1")};
+  const auto plan = plan_of_fork(profile, {given("cid", "7"), given("block", "/disk")});
+  REQUIRE(plan.ok());
+  REQUIRE(plan->devices.size() == 3);
+  CHECK(plan->devices[0].options == KeyValues{{"backend", "user"}, {"cid", "7"}});
+  CHECK_FALSE(plan->devices[0].is_new);
+  CHECK(plan->devices[2].type == "virtio-blk");
+  CHECK(plan->devices[2].is_new);
+  const auto without = plan_of_fork({given("device", "virtio-rng", "2:1")}, {given("cid", "7")});
+  REQUIRE(!without.ok());
+  CHECK(without.error().message == "--cid: the machine that is forked has no virtio-vsock");
 }
 
 TEST_CASE("settings: values that are taken and values that are not") {
