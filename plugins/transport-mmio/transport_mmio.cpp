@@ -99,7 +99,7 @@ constexpr clone_option packed = clone_sdk::bool_option("packed", "on", "Offer pa
 constexpr clone_option slots = clone_sdk::number_option(
     "slots", "0",
     "Describe so many slots to the guest: those that the machine's devices leave free are for devices "
-    "that are added to its forks. 0: as many as there are devices.",
+    "that are added to its forks. 0: none.",
     0, transport_mmio::kMostPreparedSlots);
 constexpr const clone_option* options[] = {&packed, &slots, nullptr};
 

@@ -13,12 +13,14 @@ extern "C" {
 #define CLONE_SNAPSHOT_NOTE_MAX_BYTES (1u << 20)
 
 /* An extension of a snapshot backend (get_extension). A note is no part of the snapshot: no checksum covers it, no copy
- * takes it along, it may be gone or wrong at any time, and it goes with the snapshot. `image` comes from open(). */
+ * takes it along, it may be gone or wrong at any time, and it goes with the snapshot. `image` comes from open(); one of
+ * begin() must not be passed. Calls end before its close(). */
 typedef struct clone_snapshot_notes {
   uint32_t size;
   uint32_t reserved;
   /* [any], one call at a time for an image. Calls take() once with the note, which is valid until that returns;
-   * CLONE_EMPTY, without a call, when there is none. */
+   * CLONE_EMPTY, without a call, when there is none. Errors, without a call: CLONE_ERR_CORRUPT: larger than allowed;
+   * CLONE_ERR_INVALID: the name; others of reading it. Any error counts as no note. */
   clone_status (*read)(void *image, const char *name,
                        void (*take)(void *context, const void *data, uint64_t size_bytes), void *context,
                        clone_err *err);

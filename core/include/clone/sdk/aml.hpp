@@ -2,8 +2,8 @@
 // AML (ACPI 6.5 §20.2) for clone_host_acpi.add_aml(), as much of it as a few devices with an event take.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 #include <string>
 #include <string_view>
 
