@@ -284,8 +284,9 @@ ExitCode fork_command(const Arguments& arguments) {
   }
   timing.mark("options");
   // Who keeps others ready outlives the folder it was started in.
+  std::error_code no_folder;
   if (options.prepare && !options.store.folder.empty())
-    options.store.folder = std::filesystem::absolute(options.store.folder).string();
+    options.store.folder = std::filesystem::absolute(options.store.folder, no_folder).string();
   // No threads before other processes are made.
   std::optional<ShellAhead> shell;
   if (options.count == 1 && !options.prepare) shell.emplace();

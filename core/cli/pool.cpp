@@ -10,6 +10,7 @@
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <termios.h>
 #include <unistd.h>
@@ -41,18 +42,32 @@ constexpr unsigned kMostFailures = 3;
 constexpr uint32_t kMostArgumentBytes = 256 << 10;
 constexpr size_t kDescriptors = 4;  // standard input, output and error, and the working directory
 
-// Of the same build, or they do not talk.
+// Of the same version, and with the same view of files, network and users, or they do not talk.
 struct Greeting {
   std::array<char, 32> version{};
+  std::array<uint64_t, 6> namespaces{};
+  uint64_t umask = 0;
+  bool operator==(const Greeting&) const = default;
 };
 
 Greeting greeting() {
   Greeting greeting;
   std::snprintf(greeting.version.data(), greeting.version.size(), "clone pool %s", CLONE_VERSION);
+  size_t next = 0;
+  for (const char* path : {"/proc/self/ns/mnt", "/proc/self/ns/net", "/proc/self/ns/user", "/proc/self/ns/pid",
+                           "/proc/self/ns/ipc", "/proc/self/root"}) {
+    struct stat status {};
+    if (::stat(path, &status) == 0) greeting.namespaces[next] = status.st_ino;
+    ++next;
+  }
+  const mode_t mask = ::umask(0);
+  ::umask(mask);
+  greeting.umask = mask;
   return greeting;
 }
 
-enum class AnswerKind : uint32_t { ended, template_changed };
+// One of each kind at most; the last is one of the other two.
+enum class AnswerKind : uint32_t { begun, ended, template_changed };
 struct Answer {
   AnswerKind kind;
   int32_t exit_code;
@@ -65,9 +80,11 @@ std::string socket_name(const PoolKey& key) {
   std::string text = key.store.backend;
   const auto add = [&](const std::string& part) { text += '\0' + part; };
   const auto add_path = [&](const std::string& path) {
-    add(path.empty() ? path : std::filesystem::absolute(path).lexically_normal().string());
+    std::error_code no_folder;
+    add(path.empty() ? path : std::filesystem::absolute(path, no_folder).lexically_normal().string());
   };
   add_path(key.store.folder);
+  if (const char* home = std::getenv("HOME"); home && key.store.folder.empty()) add(home);  // the backend's own choice
   add(key.name);
   for (const std::string& folder : key.plugins.folders) add_path(folder);
   add(key.plugins.trust == PluginTrust::checked ? "checked" : "any");
@@ -135,11 +152,11 @@ std::optional<Request> receive_request(int socket) {
   message.msg_controllen = sizeof control;
   if (::recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_WAITALL) != sizeof size_bytes) return std::nullopt;
   const cmsghdr* rights = CMSG_FIRSTHDR(&message);
-  if (!rights || rights->cmsg_type != SCM_RIGHTS || rights->cmsg_len != CMSG_LEN(sizeof descriptors))
-    return std::nullopt;
-  std::memcpy(descriptors, CMSG_DATA(rights), sizeof descriptors);
-  for (size_t i = 0; i < kDescriptors; ++i) request.descriptors[i] = Fd(descriptors[i]);
-  if (size_bytes > kMostArgumentBytes) return std::nullopt;
+  if (!rights || rights->cmsg_type != SCM_RIGHTS) return std::nullopt;
+  const size_t count = (rights->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+  std::memcpy(descriptors, CMSG_DATA(rights), count * sizeof(int));
+  for (size_t i = 0; i < count; ++i) request.descriptors[i] = Fd(descriptors[i]);
+  if (count != kDescriptors || size_bytes > kMostArgumentBytes) return std::nullopt;
   std::string text(size_bytes, '\0');
   if (!receive_all(socket, text.data(), text.size())) return std::nullopt;
   for (size_t start = 0, end; (end = text.find('\0', start)) != std::string::npos; start = end + 1)
@@ -160,20 +177,26 @@ class TerminalSettings {
   bool known_;
 };
 
-// Signals to stop go to the machine's process.
-std::optional<Answer> await_answer(int socket) {
+// Signals to stop go to the machine's process. One that goes away before it has begun has changed nothing.
+Answer await_answer(int socket) {
   sigset_t signals, before;
   ::sigemptyset(&signals);
   for (const int number : {SIGTERM, SIGINT, SIGHUP}) ::sigaddset(&signals, number);
   ::sigprocmask(SIG_BLOCK, &signals, &before);
   const Fd signal_fd(::signalfd(-1, &signals, SFD_CLOEXEC));
-  std::optional<Answer> answer;
+  Answer answer{AnswerKind::template_changed, 0};
   for (;;) {
     pollfd entries[] = {{socket, POLLIN, 0}, {signal_fd.get(), POLLIN, 0}};
     if (::poll(entries, 2, -1) < 0 && errno != EINTR) break;
     if (entries[0].revents) {
-      if (Answer received; receive_all(socket, &received, sizeof received)) answer = received;
-      break;
+      const AnswerKind before = answer.kind;
+      if (!receive_all(socket, &answer, sizeof answer)) {
+        if (before == AnswerKind::begun)
+          answer = {AnswerKind::ended, static_cast<int>(fail(Error{"the machine's process ended without a word"},
+                                                             ExitCode::kvm_failed))};
+        break;
+      }
+      if (answer.kind != AnswerKind::begun) break;
     }
     if (signalfd_siginfo info; entries[1].revents && ::read(signal_fd.get(), &info, sizeof info) > 0)
       send_all(socket, "", 1);
@@ -238,7 +261,7 @@ void Keeper::run(Fd ready) {
     for (const Waiting& waiting : waiting_) entries.push_back({waiting.news.get(), POLLIN, 0});
     const bool refill = waiting_.size() < count_;
     const int found = ::poll(entries.data(), entries.size(), refill ? static_cast<int>(kRefillDelay.count()) : -1);
-    if (found == 0 && !start_one()) return;
+    if (found == 0 && !start_one()) ++failures_;
     if (found <= 0) continue;
     for (size_t i = waiting_.size(); i-- > 0;)
       if (entries[i + 1].revents) hear(waiting_[i]);
@@ -313,6 +336,8 @@ void Keeper::be_member(const Fd& news) {
   listener_.reset();
   Answer answer{AnswerKind::template_changed, 0};
   if (member_.is_current()) {
+    const Answer begun{AnswerKind::begun, 0};
+    if (!send_all(client.get(), &begun, sizeof begun)) ::_exit(0);
     tell(News::taken);
     for (const int standard : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO})
       ::dup2(request->descriptors[static_cast<size_t>(standard)].get(), standard);
@@ -336,14 +361,15 @@ std::optional<ExitCode> fork_from_pool(const PoolKey& key, const Arguments& argu
   if (!socket.ok() || !peer_of(socket->get()).trusted) return std::nullopt;
   Greeting hello;
   if (!wait_readable(socket->get(), kGreetingLimit) || !receive_all(socket->get(), &hello, sizeof hello) ||
-      hello.version != greeting().version)
+      hello != greeting())
     return std::nullopt;
+  // The terminal has its own idea of who may use it, which the pool's processes are not part of.
+  if (::isatty(STDIN_FILENO) && ::tcgetpgrp(STDIN_FILENO) != ::getpgrp()) return std::nullopt;
   const TerminalSettings terminal;
   if (!send_request(socket->get(), arguments)) return std::nullopt;
-  const std::optional<Answer> answer = await_answer(socket->get());
-  if (!answer) return fail(Error{"the machine's process ended without a word"}, ExitCode::kvm_failed);
-  if (answer->kind == AnswerKind::template_changed) return std::nullopt;
-  return static_cast<ExitCode>(answer->exit_code);
+  const Answer answer = await_answer(socket->get());
+  if (answer.kind != AnswerKind::ended) return std::nullopt;
+  return static_cast<ExitCode>(answer.exit_code);
 }
 
 Result<bool> end_pool(const PoolKey& key) {
@@ -357,7 +383,9 @@ Result<bool> end_pool(const PoolKey& key) {
     if (std::chrono::steady_clock::now() > until) return Error{"the pool of '" + key.name + "' does not end"};
     if (connected.ok()) {
       const Peer keeper = peer_of(connected->get());
-      if (!keeper.trusted || ::kill(keeper.pid, SIGTERM) != 0)
+      // 0: a process that this one cannot see.
+      if (!keeper.trusted || keeper.pid <= 0) return Error{"the pool of '" + key.name + "' is not of this user here"};
+      if (::kill(keeper.pid, SIGTERM) != 0 && errno != ESRCH)
         return errno_error("the pool's process " + std::to_string(keeper.pid));
     }
     std::this_thread::sleep_for(5ms);
@@ -365,8 +393,9 @@ Result<bool> end_pool(const PoolKey& key) {
 }
 
 Result<int> start_pool(const PoolKey& key, unsigned count, const PoolMember& member) {
-  TRY(end_pool(key));
   const Fd pools = TRY(open_runtime_root());
+  Fd lock = TRY(lock_in_runtime_root(pools.get(), ".pools"));  // until the new one is there
+  TRY(end_pool(key));
   const std::string socket = socket_name(key);
   int ends[2];
   if (::pipe2(ends, O_CLOEXEC) != 0) return errno_error("pipe");
@@ -376,13 +405,16 @@ Result<int> start_pool(const PoolKey& key, unsigned count, const PoolMember& mem
   if (process < 0) return errno_error("fork");
   if (process == 0) {
     ours.reset();
+    lock.reset();
     ::setsid();
     ::prctl(PR_SET_NAME, "clone-pool");
     ::unlinkat(pools.get(), socket.c_str(), 0);
     auto listener = listen_in(pools.get(), socket);
     if (!listener.ok()) ::_exit(static_cast<int>(fail(listener.error())));
-    Keeper(std::move(*listener), count, member).run(std::move(theirs));
-    ::unlinkat(pools.get(), socket.c_str(), 0);
+    (void)!::chdir("/");
+    Keeper keeper(std::move(*listener), count, member);
+    keeper.run(std::move(theirs));
+    ::unlinkat(pools.get(), socket.c_str(), 0);  // as long as it is this one's
     ::_exit(0);
   }
   theirs.reset();

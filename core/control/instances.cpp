@@ -74,14 +74,6 @@ Result<Fd> open_root(const std::string& path) {
   return root;
 }
 
-Result<Fd> lock_root(int root) {
-  Fd lock(::openat(root, ".lock", O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
-  if (!lock) return errno_error(".lock");
-  while (::flock(lock.get(), LOCK_EX) != 0)
-    if (errno != EINTR) return errno_error(".lock");
-  return lock;
-}
-
 Fd open_instance(int root, const std::string& id) {
   return Fd(::openat(root, id.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW));
 }
@@ -207,11 +199,19 @@ Result<std::string> runtime_root() {
 
 Result<Fd> open_runtime_root() { return open_root(TRY(runtime_root())).context("runtime directory"); }
 
+Result<Fd> lock_in_runtime_root(int root, const char* name) {
+  Fd lock(::openat(root, name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
+  if (!lock) return errno_error(name);
+  while (::flock(lock.get(), LOCK_EX) != 0)
+    if (errno != EINTR) return errno_error(name);
+  return lock;
+}
+
 Result<InstanceDirectory> InstanceDirectory::create(std::string name, uint32_t vcpus, uint64_t memory_bytes) {
   if (!name.empty()) TRY(check_name(name));
   const std::string root_path = TRY(runtime_root());
   Fd root = TRY(open_runtime_root());
-  const Fd lock = TRY(lock_root(root.get()).context("runtime directory " + root_path));
+  const Fd lock = TRY(lock_in_runtime_root(root.get(), ".lock").context("runtime directory " + root_path));
   clear_stale(root.get());
   const std::vector<InstanceRecord> live = live_in(root_path, root.get());
   for (const InstanceRecord& other : live)

@@ -29,6 +29,8 @@ struct InstanceRecord {
 Result<std::string> runtime_root();
 // It, made when it is not there. An error when others could write to it.
 Result<Fd> open_runtime_root();
+// Waits for that lock file in it, which is held as long as the descriptor, and its copies in other processes, are open.
+Result<Fd> lock_in_runtime_root(int root, const char* name);
 
 // A VM's own directory, from its making to its removal.
 class InstanceDirectory {

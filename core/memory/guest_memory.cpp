@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <bit>
 #include <fstream>
+#include <map>
 #include <string>
 
 #include "memory/pagemap.hpp"
@@ -111,6 +112,16 @@ Result<void> read_snapshot_memory(int fd, uint64_t offset, std::span<std::byte> 
   return {};
 }
 
+void PageSet::add_run(uint64_t first, uint64_t count) {
+  if (count == 0) return;
+  words_.resize(std::max(words_.size(), (first + count - 1) / kPagesInWord + 1));
+  for (const uint64_t end = first + count; first < end;) {
+    const uint64_t bit = first % kPagesInWord, bits = std::min(kPagesInWord - bit, end - first);
+    words_[first / kPagesInWord] |= (~uint64_t{0} >> (kPagesInWord - bits)) << bit;
+    first += bits;
+  }
+}
+
 void PageSet::add(uint64_t first_page, std::span<const uint64_t> words) {
   const uint64_t first = first_page / kPagesInWord;
   if (words_.size() < first + words.size()) words_.resize(first + words.size());
@@ -165,6 +176,7 @@ Result<GuestMemory> GuestMemory::create(const MemoryConfig& config) {
     Result<Fd> fd = create_memfd(config);
     if (!fd) return refused(fd.error());
     memory.memfd_ = std::move(*fd);
+    memory.base_.push_back({memory.memfd(), 0, 0, config.size_bytes});
   }
   uint64_t offset = 0;
   for (const uint64_t start : {uint64_t{0}, kHoleEnd}) {
@@ -189,6 +201,7 @@ Result<GuestMemory> GuestMemory::restore(MemoryConfig config, std::span<const Me
     return Error{std::string("the snapshot's memory: ") + what, EINVAL, CLONE_ERR_CORRUPT};
   };
   const uint64_t smallest_mapped = smallest_to_map(extents);
+  std::map<int, int> files;
   uint64_t end = 0;  // of the extent before
   for (const MemoryExtent& extent : extents) {
     if ((extent.memory_offset | extent.fd_offset | extent.size_bytes) % kPageSize != 0)
@@ -212,6 +225,8 @@ Result<GuestMemory> GuestMemory::restore(MemoryConfig config, std::span<const Me
       if (::mmap(where, stop - start, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE, extent.fd,
                  static_cast<off_t>(offset)) == MAP_FAILED)
         return errno_error("the snapshot's memory: mmap");
+      const int file = TRY(memory.keep_file(extent.fd, files));
+      memory.base_.push_back({file, offset, start, stop - start});
       if (config.mergeable) ::madvise(where, stop - start, MADV_MERGEABLE);
     }
   }
@@ -231,6 +246,18 @@ Mapping GuestMemory::move_away(const Region& region) {
   return std::move(*place);
 }
 
+// Of a file that others may close: a descriptor of our own, one for all of its extents.
+Result<int> GuestMemory::keep_file(int fd, std::map<int, int>& kept) {
+  const auto [file, is_new] = kept.try_emplace(fd, -1);
+  if (is_new) {
+    Fd own(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
+    if (!own) return errno_error("the memory's descriptor");
+    file->second = own.get();
+    base_files_.push_back(std::move(own));
+  }
+  return file->second;
+}
+
 void GuestMemory::become_restored() {
   restored_ = std::make_unique<Restored>();
   restored_->replaced.resize(size_bytes_ / kPageSize);
@@ -245,6 +272,12 @@ uint64_t GuestMemory::offset_of(GuestAddress start) const {
   return offset;
 }
 
+void GuestMemory::set_mergeable(bool wanted) {
+  if (std::exchange(mergeable_, wanted) == wanted) return;
+  for (const Region& region : regions_)
+    ::madvise(region.host, region.size_bytes, wanted ? MADV_MERGEABLE : MADV_UNMERGEABLE);
+}
+
 Result<std::vector<Mapping>> GuestMemory::make_private() {
   std::vector<Mapping> left;
   if (!memfd_) return left;
@@ -257,54 +290,50 @@ Result<std::vector<Mapping>> GuestMemory::make_private() {
     if (::mmap(region.host, region.size_bytes, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE,
                memfd_.get(), static_cast<off_t>(offset)) == MAP_FAILED)
       return errno_error("memory: mmap");
+    if (mergeable_) ::madvise(region.host, region.size_bytes, MADV_MERGEABLE);
     offset += region.size_bytes;
   }
-  memfd_.reset();
+  base_files_.push_back(std::move(memfd_));
   become_restored();
   return left;
 }
 
-// In a memfd; otherwise all is data. To read a hole would fill it.
-std::pair<uint64_t, uint64_t> GuestMemory::next_data(uint64_t offset, uint64_t end) const {
-  if (!memfd_) return {offset, end};
-  const off_t data = ::lseek(memfd_.get(), static_cast<off_t>(offset), SEEK_DATA);
-  if (data < 0) return {errno == ENXIO ? end : offset, end};
-  const off_t hole = ::lseek(memfd_.get(), data, SEEK_HOLE);
-  const uint64_t first = std::min(end, static_cast<uint64_t>(data));
-  return {first, hole < 0 ? end : std::clamp(static_cast<uint64_t>(hole), first, end)};
+// What lies in the files below. Their holes are left out: to read one may fill it.
+void GuestMemory::add_base_pages(PageSet& pages) const {
+  for (const MemoryExtent& extent : base_) {
+    const auto add = [&](uint64_t start, uint64_t end) {  // in the file
+      const uint64_t first = (start - extent.fd_offset) / kPageSize;
+      pages.add_run(extent.memory_offset / kPageSize + first, (end - extent.fd_offset + kPageSize - 1) / kPageSize - first);
+    };
+    const uint64_t file_end = extent.fd_offset + extent.size_bytes;
+    for (uint64_t at = extent.fd_offset; at < file_end;) {
+      const off_t data = ::lseek(extent.fd, static_cast<off_t>(at), SEEK_DATA);
+      if (data < 0 && errno == ENXIO) break;
+      const off_t hole = data < 0 ? -1 : ::lseek(extent.fd, data, SEEK_HOLE);
+      const uint64_t start = data < 0 ? at : std::min(static_cast<uint64_t>(data), file_end);
+      at = hole < 0 ? file_end : std::min(static_cast<uint64_t>(hole), file_end);
+      if (start < at) add(start, at);
+    }
+  }
 }
 
-Result<void> GuestMemory::visit_contents(
-    uint64_t most_bytes, const std::function<Result<void>(uint64_t, std::span<const std::byte>)>& visit) const {
-  // Present or swapped out (Linux Documentation/admin-guide/mm/pagemap.rst). Others were never touched.
-  constexpr uint64_t in_use = 3ull << 62;
-  const Fd pagemap(memfd_ || restored_ ? -1 : ::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
-  std::vector<uint64_t> pages(most_bytes / kPageSize);
-  uint64_t region_offset = 0;
-  for (const Region& region : regions_) {
-    for (uint64_t done = 0; done < region.size_bytes;) {
-      const auto [data, data_end] = next_data(region_offset + done, region_offset + region.size_bytes);
-      done = data - region_offset;
-      const uint64_t piece_bytes = std::min(most_bytes, data_end - data);
-      const uint64_t count = piece_bytes / kPageSize;
-      const uint64_t first = reinterpret_cast<uintptr_t>(region.host + done) / kPageSize;
-      const bool known = pagemap && ::pread(pagemap.get(), pages.data(), count * 8, static_cast<off_t>(first * 8)) ==
-                                        static_cast<ssize_t>(count * 8);
-      for (uint64_t page = 0; page < count;) {
-        uint64_t next = page;
-        while (next < count && known && !(pages[next] & in_use)) ++next;
-        const uint64_t start = next;
-        while (next < count && (!known || pages[next] & in_use)) ++next;
-        if (start < next)
-          TRY(visit(region_offset + done + start * kPageSize,
-                    {region.host + done + start * kPageSize, (next - start) * kPageSize}));
-        page = next;
-      }
-      done += piece_bytes;
-    }
-    region_offset += region.size_bytes;
+Result<PageSet> GuestMemory::contents() const {
+  PageSet pages;
+  add_base_pages(pages);
+  if (memfd_) return pages;
+  if (restored_) {
+    pages.add(TRY(changed_pages()));
+    return pages;
   }
-  return {};
+  uint64_t region_page = 0;
+  for (const Region& region : regions_) {
+    const auto add = [&](uint64_t offset, uint64_t size_bytes) {
+      pages.add_run(region_page + offset / kPageSize, size_bytes / kPageSize);
+    };
+    TRY(find_pages({region.host, region.size_bytes}, PagesOf::process, add));
+    region_page += region.size_bytes / kPageSize;
+  }
+  return pages;
 }
 
 void GuestMemory::share_with_children(bool wanted) const {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -63,6 +64,7 @@ Result<void> read_snapshot_memory(int fd, uint64_t offset, std::span<std::byte> 
 // Pages of the memory, counted in the same way: a bit each, page 0 is bit 0 of word 0.
 class PageSet {
  public:
+  void add_run(uint64_t first, uint64_t count);
   // `first_page` is a multiple of 64.
   void add(uint64_t first_page, std::span<const uint64_t> words);
   void add(const PageSet& other) { add(0, other.words_); }
@@ -145,19 +147,20 @@ class GuestMemory {
   // copy, and a child process sees it as it is now. The machine is paused. How long it takes does not depend on how much
   // was touched; what does is to let go of the mappings it gives, of the memory as it was, which nobody uses. [control]
   Result<std::vector<Mapping>> make_private();
-  // Calls visit(offset, bytes) in ascending order for all that may hold anything but zeroes, in pieces of at most
-  // `most_bytes`; the offset counts regions one behind the other. Ends with the first error. [any]
-  Result<void> visit_contents(uint64_t most_bytes,
-                              const std::function<Result<void>(uint64_t, std::span<const std::byte>)>& visit) const;
+  // Whether the host's KSM may merge its pages; as configured at first. [control]
+  void set_mergeable(bool wanted);
+  // All that may hold anything but zeroes; what is written during the call may be missing. [any]
+  Result<PageSet> contents() const;
   // Whether a child process is to get this memory too, as is so at first: fork(2) copies a table of all its pages, and
   // whoever writes to one afterwards copies the page. [control]
   void share_with_children(bool wanted) const;
-  // The same as visit_contents() for these pages, whatever they hold.
+  // Calls visit(offset, bytes) for these pages in ascending order, in pieces of at most `most_bytes`; the offset counts
+  // regions one behind the other. Ends with the first error. [any]
   Result<void> visit_pages(const PageSet& pages, uint64_t most_bytes,
                            const std::function<Result<void>(uint64_t, std::span<const std::byte>)>& visit) const;
 
   // Of restored memory: the pages that are, or may be, other than in the snapshot. Written to, given back to the host,
-  // or read rather than mapped. The vCPUs stand still.
+  // or read rather than mapped. What is written during the call may be missing. [any]
   Result<PageSet> changed_pages() const;
 
   // Gives whole pages back to the host; they read as zeroes afterwards, and are marked dirty. False, and nothing done,
@@ -180,8 +183,8 @@ class GuestMemory {
   };
 
   static Mapping move_away(const Region& region);
-  // Of memory as one stretch: the next part from `offset` on, none behind `end`, that may hold anything but zeroes.
-  std::pair<uint64_t, uint64_t> next_data(uint64_t offset, uint64_t end) const;
+  Result<int> keep_file(int fd, std::map<int, int>& kept);
+  void add_base_pages(PageSet& pages) const;
   void become_restored();
   void drop_restored(std::byte* host, uint64_t offset, uint64_t size_bytes);
   // Of memory as one stretch, regions one behind the other.
@@ -194,6 +197,8 @@ class GuestMemory {
   std::vector<Mapping> mappings_;
   uint64_t size_bytes_ = 0;
   Fd memfd_;
+  std::vector<MemoryExtent> base_;  // mapped files: the memfd, or what this was restored from
+  std::vector<Fd> base_files_;      // their descriptors, but for the memfd
   // A page that was not written is the snapshot's, unless other memory has replaced it.
   struct Restored {
     std::mutex mutex;

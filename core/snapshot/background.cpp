@@ -3,6 +3,7 @@
 #include "snapshot/background.hpp"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
@@ -17,6 +18,7 @@ namespace {
 
 constexpr std::string_view kSuccess = "ok";
 constexpr size_t kLongestText = 4096;
+constexpr int kLongestEndMs = 5000;  // the loop stands still for it
 
 void close_between(int first, int last) {
   if (first <= last) ::close_range(static_cast<unsigned>(first), static_cast<unsigned>(last), 0);
@@ -59,14 +61,18 @@ Result<std::unique_ptr<BackgroundWork>> BackgroundWork::start(EventLoop& loop,
   }
   std::unique_ptr<BackgroundWork> running(
       new BackgroundWork(loop, std::move(ours), child, std::move(done), abandoned));
-  TRY(loop.add_fd(running->result_.get(), CLONE_READABLE, [self = running.get()](uint32_t) { self->ready(); }));
-  return running;
+  auto heard = loop.add_fd(running->result_.get(), CLONE_READABLE, [self = running.get()](uint32_t) { self->ready(); });
+  if (heard.ok()) return running;
+  ::kill(child, SIGKILL);
+  return std::move(heard).error();
 }
 
 BackgroundWork::~BackgroundWork() {
   if (!result_) return;
   loop_.remove_fd(result_.get());
-  if (abandoned_ == Abandoned::killed) ::kill(child_, SIGKILL);
+  pollfd end{result_.get(), POLLIN, 0};
+  const bool ends = abandoned_ == Abandoned::awaited && ::poll(&end, 1, kLongestEndMs) > 0;
+  if (!ends) ::kill(child_, SIGKILL);
   wait_for(child_);
 }
 

@@ -19,7 +19,8 @@ class BackgroundWork {
  public:
   // Called once, unless this object goes before, or this process dies. Nobody is told then.
   using Done = std::function<void(Result<void>)>;
-  // What becomes of the child then: one that sees by itself that its work is over can put away what it has begun.
+  // What becomes of the child then: one that sees by itself that its work is over can put away what it has begun, for
+  // some seconds.
   enum class Abandoned { killed, awaited };
 
   // `work` runs in the child, where neither this process's threads nor its descriptors exist, but for `keep`, so that no

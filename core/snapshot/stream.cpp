@@ -50,7 +50,7 @@ Result<void> receive(int stream, std::span<std::byte> into) {
     const ssize_t got = ::recv(stream, into.data(), into.size(), 0);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) return errno_error("the machine's memory");
-    if (got == 0) return Error{"the machine went away before all of it was written"};
+    if (got == 0) return Error{kCutOffStream};
     into = into.subspan(static_cast<size_t>(got));
   }
   return {};

@@ -24,8 +24,9 @@ Result<void> send_memory(int stream, uint64_t offset, std::span<const std::byte>
 // The last of all.
 Result<void> send_state(int stream, const Sections& sections);
 
+inline constexpr const char* kCutOffStream = "the machine went away before all of it was written";
 // Writes all that comes, or with a parent what differs from it, and commits. A stream that ends before its state is an
-// error.
+// error, kCutOffStream.
 Result<void> receive_snapshot(int stream, SnapshotImage& image, ParentMemory* parent = nullptr);
 
 }  // namespace vmm

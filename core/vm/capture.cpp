@@ -62,8 +62,8 @@ Result<void> Capture::take_newer() {
 }
 
 Result<void> Capture::visit_left(const Visit& visit) const {
-  return left_ ? memory_.visit_pages(*left_, kSnapshotPieceBytes, visit)
-               : memory_.visit_contents(kSnapshotPieceBytes, visit);
+  if (left_) return memory_.visit_pages(*left_, kSnapshotPieceBytes, visit);
+  return memory_.visit_pages(TRY(memory_.contents()), kSnapshotPieceBytes, visit);
 }
 
 Result<void> Capture::begin_round() {
@@ -101,6 +101,7 @@ Result<void> Capture::take_the_rest() {
       *copies = TRY(copy_pages(memory_, *left_));
       return {};
     }
+    if (!left_) left_ = TRY(memory_.contents());  // a child has no descriptor to find that out
     unused = TRY(memory_.make_private());
     const auto put = [&]() -> Result<void> {
       TRY(visit_left(job_.put_memory));

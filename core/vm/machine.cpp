@@ -104,11 +104,16 @@ Result<void> Machine::restore(Timing& timing) {
   Shell shell = TRY(saved_->shell ? saved_->shell->take() : Shell::create());
   timing.mark("kvm");
   if (!shell.memory) TRY(shell.fill(plan_.plan.memory, plan_.plan.vcpus, *saved_));
+  shell.memory->set_mergeable(plan_.plan.memory.mergeable);
   timing.mark("memory, vcpus");
   take_kvm(shell);
   memory_ = std::move(shell.memory);
   make_vcpus(std::move(shell.vcpus));
-  prefault_ = TRY(Prefault::start(*memory_, saved_->prefault, saved_->image, saved_->memory));
+  // A hint: a fork does without.
+  if (auto prefault = Prefault::start(*memory_, saved_->prefault, saved_->image, saved_->memory); prefault.ok())
+    prefault_ = std::move(*prefault);
+  else
+    log_debug(prefault.error().message);
   TRY(make_devices());
   timing.mark("devices");
   // Behind the devices, because what they register with KVM waits for slots that are being set.
@@ -164,6 +169,12 @@ Result<void> Machine::save(Sections& sections) {
 }
 
 Result<void> Machine::track_dirty_pages() {
+  auto begun = begin_dirty_log();
+  if (!begun.ok()) (void)stop_tracking_dirty_pages();
+  return begun;
+}
+
+Result<void> Machine::begin_dirty_log() {
   for (const Instance& instance : instances_)
     if (const auto vhost = extension_of<clone_vhost>(instance, CLONE_VHOST))
       TRY(call_plugin(instance, "while its log of pages was begun",

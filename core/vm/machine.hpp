@@ -152,6 +152,7 @@ class Machine {
   void make_vcpus(std::vector<KvmVcpu> vcpus);
   std::vector<KvmVcpu*> vcpu_pointers();
   Result<void> make_devices();
+  Result<void> begin_dirty_log();
   Result<void> make_instance(const std::string& name, const DeviceType& type, const OptionValues& options,
                              bool is_new = false);
   Result<void> load_kernel(const KernelFile& kernel);

@@ -35,9 +35,10 @@ constexpr size_t kMostRuns = (CLONE_SNAPSHOT_NOTE_MAX_BYTES - sizeof(NoteHeader)
 std::vector<NoteRun> note_runs(std::span<const PageRun> runs, uint64_t most_pages) {
   std::vector<NoteRun> noted;
   for (const PageRun& run : runs) {
-    if (noted.size() == kMostRuns || run.count > most_pages || run.first + run.count > UINT32_MAX) break;
-    most_pages -= run.count;
-    noted.push_back({static_cast<uint32_t>(run.first), static_cast<uint32_t>(run.count)});
+    const uint64_t count = std::min(run.count, most_pages);
+    if (noted.size() == kMostRuns || count == 0 || run.first + count > UINT32_MAX) break;
+    most_pages -= count;
+    noted.push_back({static_cast<uint32_t>(run.first), static_cast<uint32_t>(count)});
   }
   return noted;
 }

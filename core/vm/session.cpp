@@ -129,6 +129,7 @@ Result<void> Run::add_methods() {
     reply.succeed(info());
   }));
   TRY(add("vm.resume", "Lets the virtual processors go on.", [this](const json::object&, Reply reply) {
+    if (snapshots_.holds_machine()) return reply.fail("this VM ends when its last snapshot is written");
     resume();
     reply.succeed(info());
   }));
@@ -261,6 +262,10 @@ void Run::ask_or_stop() {
 
 // The guest is asked once; who asks again may shorten its time.
 void Run::ask_to_stop(std::chrono::milliseconds grace) {
+  if (snapshots_.holds_machine()) {  // it ends by itself
+    ++requests_;
+    return;
+  }
   const auto until = std::chrono::steady_clock::now() + grace;
   if (++requests_ == 1 || until < grace_ends_) {
     loop_.cancel_timer(grace_timer_);

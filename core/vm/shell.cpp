@@ -44,7 +44,7 @@ ShellAhead::ShellAhead() {
 }
 
 void ShellAhead::fill(const MemoryConfig& config, uint32_t vcpu_count, const SavedMachine& saved) {
-  if (shell_ && !creating_.joinable()) return;
+  if (!creating_.joinable() && shell_) return;
   auto thread = spawn_thread("clone-fill", [this, config, vcpu_count, &saved] {
     creating_.join();
     if (!shell_) shell_ = Shell::create();

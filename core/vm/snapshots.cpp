@@ -94,10 +94,10 @@ bool Snapshots::track() {
 
 Result<void> Snapshots::take_dirty_pages(PageSet& pages) {
   PageSet newer;
-  TRY(machine_->take_dirty_pages(newer));
+  auto taken = machine_->take_dirty_pages(newer);  // some of it even if it fails
   pages.add(newer);
   if (tracks_) unsaved_.add(newer);
-  return {};
+  return taken;
 }
 
 Result<void> Snapshots::write_over_parent(const SnapshotBackend& backend, const std::string& name, int stream) const {
@@ -190,7 +190,9 @@ Result<void> Snapshots::snapshot(const json::object& given, Reply& reply) {
     ended->capture.reset();
     if (!result.ok()) {
       if (ended->is_to_resume) owner_.resume();
-      return ended->reply.fail((ended->failure ? *ended->failure : result.error()).message);
+      // That the stream ended early is no reason by itself.
+      const bool is_cut_off = result.error().message == kCutOffStream;
+      return ended->reply.fail((ended->failure && is_cut_off ? *ended->failure : result.error()).message);
     }
     if (tracks_) parent_ = kept;
     unsaved_.clear();

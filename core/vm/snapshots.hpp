@@ -37,6 +37,8 @@ class Snapshots {
   // The machine from now on, or NULL, and what it started from: whoever waits for the one before is told that nothing
   // comes.
   void follow(Machine* machine, const SavedMachine* saved = nullptr);
+  // It stands still, and ends when its last snapshot is written.
+  bool holds_machine() const { return pending_ && pending_->is_to_resume; }
 
  private:
   using Clock = std::chrono::steady_clock;
