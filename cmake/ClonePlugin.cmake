@@ -15,7 +15,7 @@ function(clone_plugin name)
   target_link_options(${name} PRIVATE -Wl,--version-script=${CLONE_PLUGIN_CMAKE_DIR}/plugin.map)
   # Its own copy of the C++ runtime, of which it uses little: no other version can come between, nothing is shared but C.
   if(NOT CLONE_SANITIZE)
-    target_link_options(${name} PRIVATE -Wl,--no-undefined -static-libstdc++ -static-libgcc)
+    target_link_options(${name} PRIVATE -Wl,--no-undefined -static-libstdc++)
   endif()
   set_property(GLOBAL APPEND PROPERTY CLONE_PLUGINS ${name})
   install(TARGETS ${name} LIBRARY DESTINATION lib/clone/plugins)
