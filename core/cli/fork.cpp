@@ -169,6 +169,7 @@ class Forks {
   std::unique_ptr<SnapshotBackend> backend_;  // lasts longer than the image
   Origin origin_;
   std::vector<GivenSetting> profile_;
+  std::optional<CheckedPlan> ready_;  // for a fork that is given nothing
 };
 
 Result<void> Forks::open(const ForkOptions& options) {
@@ -194,16 +195,19 @@ bool Forks::is_current(const std::string& name) const {
 }
 
 ExitCode Forks::start(const ForkOptions& options, Timing& timing, ShellAhead& shell, int waiting) {
-  const auto plan = plan_of(options);
-  if (!plan.ok()) return fail(plan.error(), ExitCode::usage);
-  timing.mark("plan");
-  shell.fill(plan->memory, plan->vcpus, origin_.saved);
-  const auto checked = check_plan(*plan, library_);
-  if (!checked.ok()) return fail(checked.error(), ExitCode::usage);
-  timing.mark("plugins");
+  if (!ready_ || !options.start.settings.empty()) {
+    const auto plan = plan_of(options);
+    if (!plan.ok()) return fail(plan.error(), ExitCode::usage);
+    timing.mark("plan");
+    shell.fill(plan->memory, plan->vcpus, origin_.saved);
+    auto checked = check_plan(*plan, library_);
+    if (!checked.ok()) return fail(checked.error(), ExitCode::usage);
+    timing.mark("plugins");
+    ready_ = std::move(*checked);
+  }
   origin_.saved.shell = &shell;
   origin_.saved.prefault = options.prefault;
-  Session session(*checked, library_, timing, options.start.timing ? TimingReport::print : TimingReport::none,
+  Session session(*ready_, library_, timing, options.start.timing ? TimingReport::print : TimingReport::none,
                   &origin_.saved);
   session.waits_for_it(waiting);
   return exit_code_of(session.run());
@@ -231,8 +235,9 @@ ExitCode Forks::start_several(const ForkOptions& options, Timing& timing) {
 // Each member makes a whole shell, memory and all. What it does for a client is the rest, with the client's options.
 ExitCode Forks::keep_ready(const ForkOptions& options) {
   const auto plan = plan_of({});
-  const auto checked = plan.ok() ? check_plan(*plan, library_) : plan.error();
+  auto checked = plan.ok() ? check_plan(*plan, library_) : plan.error();
   if (!checked.ok()) return fail(checked.error());
+  ready_ = std::move(*checked);
   std::optional<Shell> shell;
   bool is_mapped = false;
   std::unique_ptr<ForkParser> parsed_by;
