@@ -2,13 +2,18 @@
 // load THREADS KIB FILE: each thread writes to memory of its own again and again, and looks at all of it before it does;
 // one more watches the clocks. FILE always has the last line of how that goes.
 // load clock: for each line on standard input, the nanoseconds of the clock.
+// load cid: the vsock context id that the guest's kernel knows.
 #define _GNU_SOURCE
+#include <fcntl.h>
+#include <linux/vm_sockets.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -63,7 +68,19 @@ static void start(void* (*run)(void*), size_t number) {
   if (pthread_create(&thread, NULL, run, (void*)number) != 0) exit(1);
 }
 
+static int print_cid(void) {
+  unsigned cid = 0;
+  const int fd = open("/dev/vsock", O_RDONLY);
+  if (fd < 0 || ioctl(fd, IOCTL_VM_SOCKETS_GET_LOCAL_CID, &cid) != 0) {
+    perror("/dev/vsock");
+    return 1;
+  }
+  printf("%u\n", cid);
+  return 0;
+}
+
 int main(int count, char** arguments) {
+  if (count == 2 && strcmp(arguments[1], "cid") == 0) return print_cid();
   if (count == 2 && strcmp(arguments[1], "clock") == 0) {
     char line[16];
     while (fgets(line, sizeof line, stdin)) {

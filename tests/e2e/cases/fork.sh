@@ -13,6 +13,8 @@ while read -r line; do echo "typed: $line"; done
 END
 debugfs -w -R "write $agent usr/sbin/clone-agent" root.ext4 2>/dev/null
 debugfs -w -R "set_inode_field usr/sbin/clone-agent mode 0100755" root.ext4 2>/dev/null
+debugfs -w -R "write $FIXTURES/load load" root.ext4 2>/dev/null
+debugfs -w -R "set_inode_field load mode 0100755" root.ext4 2>/dev/null
 sum=$(sha256sum root.ext4)
 store=(--store "$WORK/store")
 guest() { "$CLONE" exec --vm-id "$1" --timeout 30 -- "${@:2}"; }
@@ -41,7 +43,9 @@ goes_on source
 echo "snapshot after $SECONDS s"
 forks=()
 for name in one two three; do
-  "$CLONE" fork --template base "${store[@]}" --name $name --timing </dev/null >console-$name.log 2>&1 &
+  cid=()
+  [[ $name != two ]] || cid=(--cid 77)
+  "$CLONE" fork --template base "${store[@]}" --name $name "${cid[@]}" --timing </dev/null >console-$name.log 2>&1 &
   forks+=($!)
   within 30 guest $name true
   equal "$name: its file" "$(guest $name cat /root/file)" before
@@ -52,7 +56,9 @@ done
 for name in source one two three; do goes_on $name; done
 equal "the source's file" "$(guest source cat /root/file)" before
 for name in one two three; do equal "$name: its file" "$(guest $name cat /root/file)" $name; done
-equal "CIDs" "$("$CLONE" status --json | python3 -c 'import json, sys; print(len({vm["name"] for vm in json.load(sys.stdin)["vms"]}))')" 4
+equal "two: its CID" "$(guest two /load cid)" 77
+cids=$(for name in source one two three; do guest $name /load cid; done)
+equal "different CIDs of ${cids//$'\n'/ }" "$(sort -u <<<"$cids" | grep -c '^[1-9]')" 4
 # A fork of a fork, whose template goes while it runs.
 "$CLONE" snapshot --name again --stop "${store[@]}" one
 ends_with 6 wait "${forks[0]}"
