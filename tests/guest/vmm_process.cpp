@@ -17,7 +17,7 @@ using namespace std::chrono_literals;
 
 namespace {
 
-constexpr auto kLimit = 20s;  // for everything a process does; the machine may be busy
+constexpr auto kLimit = 60s;  // for everything a process does; the machine may be busy
 
 struct Pipe {
   vmm::Fd read_end;

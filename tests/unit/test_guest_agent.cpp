@@ -588,7 +588,7 @@ TEST_CASE("guest-agent: a pause, a restore, a reset") {
 }
 
 TEST_CASE("guest-agent: a machine that was loaded is told who it is before it is watched, until it has answered") {
-  Machine m(Machine::Given{{"timeout", "300"}, {"interval", "100"}});
+  Machine m(Machine::Given{{"timeout", "2000"}, {"interval", "100"}});
   m.session();
   REQUIRE(m.device->quiesce() == CLONE_OK);
   SavedState state;
@@ -653,16 +653,33 @@ TEST_CASE("guest-agent: a machine that was loaded is told who it is before it is
     CHECK(reader.left_bytes() == 0);
     second.done();
   }
+  // Where this machine is slow, its answers are late as well, and the time is told once more.
+  size_t answered = second.received().size();
+  const auto answer_clocks = [&] {
+    for (const auto& received = second.received(); answered < received.size(); ++answered)
+      if (received[answered].type == Type::identity) second.done();
+  };
+  const auto watches = [&] {
+    return std::ranges::count_if(second.received(), [](const auto& frame) { return frame.type == Type::watch; });
+  };
   // Who waited comes first, then reports are asked for.
-  const size_t told = refuses ? 2 : 3;
-  REQUIRE(m.host.run_until([&] { return !stream.text.empty(); }, 50));
+  REQUIRE(m.host.run_until([&] {
+    answer_clocks();
+    return !stream.text.empty();
+  }));
   CHECK(stream.text == "{}");
-  CHECK(second.received().size() == told);
-  REQUIRE(m.host.run_until([&] { return second.received().size() == told + 1; }));
-  CHECK(second.received()[told].type == Type::watch);
+  CHECK(watches() == 0);
+  REQUIRE(m.host.run_until([&] {
+    answer_clocks();
+    return watches() > 0;
+  }));
   second.report(CLONE_ACTIVITY_IDLE);
-  REQUIRE(m.host.run_until([&] { return m.report().activity == CLONE_ACTIVITY_IDLE; }));
-  CHECK(second.received().size() == told + 1);
+  REQUIRE(m.host.run_until([&] {
+    answer_clocks();
+    return m.report().activity == CLONE_ACTIVITY_IDLE;
+  }));
+  CHECK(watches() == 1);
+  if (refuses) CHECK(second.received().size() == 3);
   const auto lines = m.host.log_lines();
   CHECK(std::ranges::count(lines, "guest-agent.0: the guest keeps a part of the identity it had: clock: no") ==
         refuses);
