@@ -446,6 +446,26 @@ TEST_CASE("a fork is given devices that the template had slots for, and tells it
     for (VmmProcess* vm : {&source, &plain, &two, &third, &live}) ends_well(*vm);
   }
   {
+    // As many as there can be.
+    VmmProcess source("slots", machine("mmio,slots=15"));
+    REQUIRE(source.wait_for("ready\n"));
+    CHECK(ask(source) == "slots 0x1 events 0");
+    REQUIRE(stage.command({"snapshot", "--name", "most", "source"}).status == 0);
+    std::vector<std::string> words{"fork", "--template", "most", "--name", "full"};
+    std::string expected = "slots 0x7fff events 1";
+    for (unsigned slot = 1; slot < 15; ++slot) {
+      const std::string letter(1, static_cast<char>('A' + slot));
+      words.insert(words.end(), {"--block", make_disk(letter)});
+      expected += " disk " + std::to_string(slot) + " ";
+      for (unsigned i = 0; i < 20; ++i) expected += letter;
+    }
+    VmmProcess full(stage.with_store(words));
+    CHECK(ask(full) == expected);
+    for (VmmProcess* vm : {&source, &full}) ends_well(*vm);
+    const VmmResult result = run_command({"run", "--kernel", "/dev/null", "--transport", "mmio,slots=16", "--dry-run"});
+    CHECK_MESSAGE(result.errors.find("slots=16: allowed is a number, 0 to 15") != std::string::npos, result.errors);
+  }
+  {
     VmmProcess source("continued", machine("mmio"));
     REQUIRE(source.wait_for("ready\n"));
     REQUIRE(stage.command({"snapshot", "--name", "none", "source"}).status == 0);

@@ -3,10 +3,12 @@
 #include <doctest/doctest.h>
 #include <signal.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <memory>
 #include <set>
 #include <thread>
 
@@ -52,26 +54,28 @@ bool runs(int process) {
   return name_end != std::string::npos && text.substr(name_end + 2, 1) != "Z";
 }
 
-// A template of the program `identity`, in a store and a runtime folder of its own.
+// A template of a program, in a store and a runtime folder of its own.
 class Pool {
  public:
-  Pool() {
+  explicit Pool(const std::string& program = "identity", std::vector<std::string> options = {}) {
     ::setenv("CLONE_RUNTIME_DIR", (dir_.path() + "/run").c_str(), 1);
-    make_template();
+    options.insert(options.end(), {"--mem", "64M", "--name", "source"});
+    VmmProcess source(program, options);
+    REQUIRE(source.wait_for("ready\n"));
+    make_template_of(source, "source");
   }
   ~Pool() {
     prepare(0);
     ::unsetenv("CLONE_RUNTIME_DIR");
   }
 
-  void make_template() {
-    VmmProcess source("identity", {"--mem", "64M", "--name", "source"});
-    REQUIRE(source.wait_for("ready\n"));
-    const VmmResult kept = run_command({"snapshot", "--name", "base", "--store", store(), "--stop", "source"});
+  void make_template_of(VmmProcess& vm, const std::string& name) const {
+    const VmmResult kept = run_command({"snapshot", "--name", "base", "--store", store(), "--stop", name});
     CHECK(kept.errors == "");
     REQUIRE(kept.status == 0);
-    source.finish();
+    CHECK(vm.finish().status == 6);
   }
+  void remove_template() const { REQUIRE(run_command({"template", "rm", "base", "--store", store()}).status == 0); }
 
   std::vector<std::string> fork(std::vector<std::string> more = {}) const {
     more.insert(more.begin(), {"fork", "--template", "base", "--store", store()});
@@ -88,6 +92,7 @@ class Pool {
     return std::stoi(result.output.substr(word));
   }
   std::string store() const { return dir_.path() + "/store"; }
+  const std::string& folder() const { return dir_.path(); }
   bool has_socket() const {
     for (const auto& entry : std::filesystem::directory_iterator(dir_.path() + "/run"))
       if (entry.path().extension() == ".sock") return true;
@@ -103,6 +108,10 @@ std::string identity_of(VmmProcess& vm) {
   std::string line;
   REQUIRE(vm.wait_for_line("id ", line));
   return line;
+}
+
+bool is_machine(int process) {
+  return run_command({"list", "--json"}).output.find("\"pid\":" + std::to_string(process) + ",") != std::string::npos;
 }
 
 void end_well(VmmProcess& vm) {
@@ -130,10 +139,7 @@ TEST_CASE("pool: a fork is one of those kept ready, and another takes its place"
   // Those that were ready are the machines now; two more stand ready.
   const auto refilled = [&] { return children_of(keeper).size() == 4; };
   CHECK(comes_true(refilled));
-  const VmmResult list = run_command({"list", "--json"});
-  unsigned found = 0;
-  for (const int process : before) found += list.output.find("\"pid\":" + std::to_string(process)) != std::string::npos;
-  CHECK_MESSAGE(found == 2, list.output);
+  for (const int process : before) CHECK(is_machine(process));
 
   // The pool's end is not theirs.
   CHECK(pool.prepare(0).output == "none of 'base' kept ready any more\n");
@@ -209,10 +215,61 @@ TEST_CASE("pool: signals, the asker's death and mistakes reach whom they concern
   CHECK(pool.prepare(0).output == "none of 'base' was kept ready\n");
 }
 
+TEST_CASE("pool: --prepare again replaces it") {
+  const Pool pool;
+  const int first = pool.start(1);
+  const std::set<int> before = children_of(first);
+  const int second = pool.start(2);
+  CHECK(second != first);
+  const auto ended = [&] { return !runs(first) && std::none_of(before.begin(), before.end(), runs); };
+  CHECK(comes_true(ended));
+  const std::set<int> ready = children_of(second);
+  CHECK(ready.size() == 2);
+  VmmProcess one(pool.fork());
+  identity_of(one);
+  CHECK(std::any_of(ready.begin(), ready.end(), is_machine));
+  end_well(one);
+}
+
+TEST_CASE("pool: a fork has the working directory and the devices of who asks") {
+  const Pool pool("slots", {"--transport", "mmio,slots=3", "--without", "virtio-balloon", "--without", "virtio-vsock",
+                            "--without", "guest-agent"});
+  const std::set<int> ready = children_of(pool.start(1));
+  REQUIRE(ready.size() == 1);
+  const std::string content(20, 'x');
+  std::ofstream(pool.folder() + "/disk") << content;
+  std::filesystem::resize_file(pool.folder() + "/disk", 64 << 10);
+  const auto here = std::filesystem::current_path();
+  std::filesystem::current_path(pool.folder());
+  VmmProcess one(pool.fork({"--block", "disk"}));
+  std::filesystem::current_path(here);
+  one.type("?");
+  std::string line;
+  REQUIRE(one.wait_for_line("slots ", line));
+  CHECK(line == "slots 0x3 events 1 disk 1 " + content + ".");
+  CHECK(is_machine(*ready.begin()));
+  end_well(one);
+}
+
 TEST_CASE("pool: a new template of that name is what is forked, and ends the pool") {
   const Pool pool;
   const int keeper = pool.start(2);
-  REQUIRE(run_command({"template", "rm", "base", "--store", pool.store()}).status == 0);
+  // One whose forks are known by their generation.
+  VmmProcess fork(pool.fork({"--name", "fork"}));
+  CHECK(identity_of(fork).find("generation 2 ") != std::string::npos);
+  pool.remove_template();
+  pool.make_template_of(fork, "fork");
+  VmmProcess one(pool.fork());
+  CHECK(identity_of(one).find("generation 3 ") != std::string::npos);
+  end_well(one);
+  const auto ended = [&] { return !runs(keeper) && !pool.has_socket(); };
+  CHECK(comes_true(ended));
+}
+
+TEST_CASE("pool: without its template it ends") {
+  const Pool pool;
+  const int keeper = pool.start(2);
+  pool.remove_template();
   const VmmResult gone = run_command(pool.fork());
   CHECK(gone.status == 1);
   CHECK(gone.errors.find("base") != std::string::npos);
