@@ -189,9 +189,10 @@ Answer await_answer(int socket) {
     pollfd entries[] = {{socket, POLLIN, 0}, {signal_fd.get(), POLLIN, 0}};
     if (::poll(entries, 2, -1) < 0 && errno != EINTR) break;
     if (entries[0].revents) {
-      const AnswerKind before = answer.kind;
+      const bool has_begun = answer.kind == AnswerKind::begun;
       if (!receive_all(socket, &answer, sizeof answer)) {
-        if (before == AnswerKind::begun)
+        answer = {AnswerKind::template_changed, 0};
+        if (has_begun)
           answer = {AnswerKind::ended, static_cast<int>(fail(Error{"the machine's process ended without a word"},
                                                              ExitCode::kvm_failed))};
         break;
