@@ -41,6 +41,7 @@ uptime=$(guest source cut -d. -f1 /proc/uptime)
 "$CLONE" snapshot --name base "${store[@]}" source
 goes_on source
 echo "snapshot after $SECONDS s"
+trap '(($? == 0)) || tail -n 12 console-*.log' EXIT
 forks=()
 for name in one two three; do
   cid=()
