@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make run` as a user types it: a command's output and status, then a shell on a terminal, left with `exit`.
-# seconds: 50
+# seconds: 70
 # host: no
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/../../..")
 unset MAKEFLAGS MAKELEVEL MFLAGS
@@ -14,7 +14,7 @@ import os
 from terminal import Terminal
 
 terminal = Terminal([os.environ["ROOT"] + "/scripts/run-debian"])
-terminal.expect("root@clone:~# ", 120)
+terminal.expect("root@clone:~# ", 200)
 terminal.type("echo $((6 * 7))y; stty size; tty\r")
 terminal.expect("42y")
 terminal.expect("37 123")
