@@ -34,7 +34,7 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr auto kGreetingLimit = 50ms;  // a fork without a pool is as quick
+constexpr auto kGreetingLimit = 250ms;  // for one to be ready, and to be scheduled
 constexpr auto kRequestLimit = 1s;
 constexpr auto kEndingLimit = 5s;
 constexpr auto kRefillDelay = 10ms;  // the machine that has just begun goes first

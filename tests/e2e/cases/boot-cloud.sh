@@ -14,4 +14,4 @@ check_machine "$KERNEL_CLOUD" 128 1
 [[ $(told rtc) == rtc_cmos* ]] || fail "rtc: $(told rtc)"
 clock=$(told clock)
 ((clock >= begin - 1 && clock <= end + 1)) || fail "the guest's clock is at $clock, the run was from $begin to $end"
-for step in memory irq devices 'kernel load' 'first instruction'; do contains "$WORK/console.log" "$step"; done
+for step in memory kvm devices 'kernel load' 'memory slots' 'first instruction'; do contains "$WORK/console.log" "$step"; done
