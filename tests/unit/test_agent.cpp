@@ -375,7 +375,7 @@ TEST_CASE("agent: what a program leaves behind does not hold up its end") {
   CHECK(within_ms(1000, [&] { return !is_alive(std::stoi(outcome.output)); }));
 
   // What a descendant writes soon after is still taken.
-  CHECK(run(client, shell("(sleep 0.1; echo late) & echo soon")).output == "soon\nlate\n");
+  CHECK(run(client, shell("(sleep 0.02; echo late) & echo soon")).output == "soon\nlate\n");
 }
 
 TEST_CASE("agent: a hundred programs at once") {

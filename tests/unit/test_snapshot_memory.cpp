@@ -152,7 +152,10 @@ size_t count_keepers(const std::string& name) {
   const std::string words = std::string("clone-keeper") + '\0' + name + '\0';
   size_t found = 0;
   for (const auto& entry : fs::directory_iterator("/proc"))
-    if (std::isdigit(entry.path().filename().string()[0])) found += content(entry.path() / "cmdline") == words;
+    if (std::isdigit(entry.path().filename().string()[0])) try {
+        found += content(entry.path() / "cmdline") == words;
+      } catch (const std::ios_base::failure&) {  // it has ended meanwhile
+      }
   return found;
 }
 
