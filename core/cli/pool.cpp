@@ -225,7 +225,7 @@ class Keeper {
   bool start_one();
   void hear(Waiting& waiting);
   [[noreturn]] void be_member(const Fd& news);
-  std::optional<Request> next_request(Fd& client);
+  std::optional<Request> next_request(const Greeting& hello, Fd& client);
 
   Fd listener_;
   const unsigned count_;
@@ -309,7 +309,7 @@ void Keeper::hear(Waiting& waiting) {
 }
 
 // The next client that is of our own and says what it wants.
-std::optional<Request> Keeper::next_request(Fd& client) {
+std::optional<Request> Keeper::next_request(const Greeting& hello, Fd& client) {
   pollfd entry{listener_.get(), POLLIN, 0};
   if (::poll(&entry, 1, -1) <= 0) return std::nullopt;
   client = accept_client(listener_.get());
@@ -317,7 +317,6 @@ std::optional<Request> Keeper::next_request(Fd& client) {
   const timeval limit{kRequestLimit.count(), 0};
   ::setsockopt(client.get(), SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
   ::fcntl(client.get(), F_SETFL, 0);
-  const Greeting hello = greeting();
   if (!send_all(client.get(), &hello, sizeof hello) || !wait_readable(client.get(), kRequestLimit))
     return std::nullopt;
   return receive_request(client.get());
@@ -328,10 +327,11 @@ void Keeper::be_member(const Fd& news) {
   ::signal(SIGPIPE, SIG_IGN);  // the keeper may be gone
   if (const auto prepared = member_.prepare(); !prepared.ok()) ::_exit(static_cast<int>(fail(prepared.error())));
   become_silent();
+  const Greeting hello = greeting();
   tell(News::ready);
   Fd client;
   std::optional<Request> request;
-  while (!request) request = next_request(client);
+  while (!request) request = next_request(hello, client);
 
   ::prctl(PR_SET_PDEATHSIG, 0);
   listener_.reset();

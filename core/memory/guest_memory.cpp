@@ -298,8 +298,8 @@ Result<std::vector<Mapping>> GuestMemory::make_private() {
   return left;
 }
 
-// What lies in the files below. Their holes are left out: to read one may fill it.
-void GuestMemory::add_base_pages(PageSet& pages) const {
+PageSet GuestMemory::base_pages() const {
+  PageSet pages;
   for (const MemoryExtent& extent : base_) {
     const auto add = [&](uint64_t start, uint64_t end) {  // in the file
       const uint64_t first = (start - extent.fd_offset) / kPageSize;
@@ -315,11 +315,11 @@ void GuestMemory::add_base_pages(PageSet& pages) const {
       if (start < at) add(start, at);
     }
   }
+  return pages;
 }
 
 Result<PageSet> GuestMemory::contents() const {
-  PageSet pages;
-  add_base_pages(pages);
+  PageSet pages = base_pages();
   if (memfd_) return pages;
   if (restored_) {
     pages.add(TRY(changed_pages()));

@@ -149,6 +149,9 @@ class GuestMemory {
   Result<std::vector<Mapping>> make_private();
   // Whether the host's KSM may merge its pages; as configured at first. [control]
   void set_mergeable(bool wanted);
+  // What lies in the files that are mapped: the memfd, or what this was restored from. Without their holes, as to read
+  // one may fill it. [any]
+  PageSet base_pages() const;
   // All that may hold anything but zeroes; what is written during the call may be missing. [any]
   Result<PageSet> contents() const;
   // Whether a child process is to get this memory too, as is so at first: fork(2) copies a table of all its pages, and
@@ -184,7 +187,6 @@ class GuestMemory {
 
   static Mapping move_away(const Region& region);
   Result<int> keep_file(int fd, std::map<int, int>& kept);
-  void add_base_pages(PageSet& pages) const;
   void become_restored();
   void drop_restored(std::byte* host, uint64_t offset, uint64_t size_bytes);
   // Of memory as one stretch, regions one behind the other.

@@ -110,7 +110,7 @@ Result<void> Machine::restore(Timing& timing) {
   memory_ = std::move(shell.memory);
   make_vcpus(std::move(shell.vcpus));
   // A hint: a fork does without.
-  if (auto prefault = Prefault::start(*memory_, saved_->prefault, saved_->image, saved_->memory); prefault.ok())
+  if (auto prefault = Prefault::start(*memory_, saved_->prefault, saved_->image); prefault.ok())
     prefault_ = std::move(*prefault);
   else
     log_debug(prefault.error().message);

@@ -2,13 +2,9 @@
 // A thread that maps pages in pieces while the machine is made and begins to run, or records them once.
 #include "vm/prefault.hpp"
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <map>
 
 #include "util/log.hpp"
 
@@ -90,23 +86,9 @@ Result<TouchedPages> decode_touched(std::span<const std::byte> note, uint64_t pa
   return pages;
 }
 
-Result<std::unique_ptr<Prefault>> Prefault::start(const GuestMemory& memory, PrefaultMode mode, SnapshotImage* image,
-                                                  std::span<const MemoryExtent> extents) {
+Result<std::unique_ptr<Prefault>> Prefault::start(const GuestMemory& memory, PrefaultMode mode, SnapshotImage* image) {
   std::unique_ptr<Prefault> prefault(new Prefault(memory, image));
   if (mode == PrefaultMode::none || (mode == PrefaultMode::recorded && !image)) return prefault;
-  if (mode == PrefaultMode::all) {
-    std::map<int, int> own;  // descriptors that are closed before the work is done
-    for (const MemoryExtent& extent : extents) {
-      int& fd = own.try_emplace(extent.fd, -1).first->second;
-      if (fd < 0) {
-        prefault->files_.emplace_back(::fcntl(extent.fd, F_DUPFD_CLOEXEC, 0));
-        fd = prefault->files_.back().get();
-        if (fd < 0) return errno_error("the memory's descriptor");
-      }
-      prefault->extents_.push_back(extent);
-      prefault->extents_.back().fd = fd;
-    }
-  }
   prefault->thread_ = TRY(spawn_thread("clone-prefault", [self = prefault.get(), mode] {
     mode == PrefaultMode::all ? self->map_all() : self->map_recorded_or_record();
   }));
@@ -173,17 +155,13 @@ Result<void> Prefault::record() const {
 
 // Holes are zeroes, for which the host would use memory.
 void Prefault::map_all() {
-  for (const MemoryExtent& extent : extents_) {
-    const auto end = static_cast<off_t>(extent.fd_offset + extent.size_bytes);
-    for (auto at = static_cast<off_t>(extent.fd_offset); at < end;) {
-      const off_t data = ::lseek(extent.fd, at, SEEK_DATA);
-      if (data < 0 || data >= end) break;
-      const off_t hole = ::lseek(extent.fd, data, SEEK_HOLE);
-      at = hole < 0 ? end : std::min(hole, end);
-      const uint64_t first = (extent.memory_offset + (static_cast<uint64_t>(data) - extent.fd_offset)) / kPageSize;
-      const PageRun run{first, (static_cast<uint64_t>(at - data) + kPageSize - 1) / kPageSize};
-      if (!map({&run, 1}, GuestMemory::Use::read)) return;
-    }
+  const PageSet pages = memory_.base_pages();
+  const uint64_t end = memory_.size_bytes() / kPageSize;
+  for (uint64_t page = 0; page < end;) {
+    const auto [first, run_end] = pages.next_run(page, end);
+    const PageRun run{first, run_end - first};
+    if (!map({&run, 1}, GuestMemory::Use::read)) return;
+    page = run_end;
   }
 }
 

@@ -33,9 +33,8 @@ Result<TouchedPages> decode_touched(std::span<const std::byte> note, uint64_t pa
 // moment.
 class Prefault {
  public:
-  // What it works on lasts as long as it, but for `extents`; `image` may be NULL.
-  static Result<std::unique_ptr<Prefault>> start(const GuestMemory& memory, PrefaultMode mode, SnapshotImage* image,
-                                                 std::span<const MemoryExtent> extents);
+  // What it works on lasts as long as it; `image` may be NULL.
+  static Result<std::unique_ptr<Prefault>> start(const GuestMemory& memory, PrefaultMode mode, SnapshotImage* image);
   // Maps what is recorded, and returns when that is done. False: nothing is recorded.
   static bool map_recorded(const GuestMemory& memory, SnapshotImage& image);
   Prefault(const Prefault&) = delete;
@@ -56,8 +55,6 @@ class Prefault {
 
   const GuestMemory& memory_;
   SnapshotImage* const image_;
-  std::vector<MemoryExtent> extents_;  // to map all of them
-  std::vector<Fd> files_;              // theirs
   std::mutex mutex_;
   std::condition_variable wake_;
   bool stopped_ = false;

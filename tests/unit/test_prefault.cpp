@@ -139,7 +139,7 @@ TEST_CASE("prefault: the first machine of a template records, the next has its p
   const auto extents = *image.extents();
   {
     GuestMemory memory = base.restore(extents);
-    const auto prefault = Prefault::start(memory, PrefaultMode::recorded, &image, extents);
+    const auto prefault = Prefault::start(memory, PrefaultMode::recorded, &image);
     REQUIRE(prefault.ok());
     CHECK(*memory.load<uint64_t>({30 * kPageSize}) == 30);
     REQUIRE(memory.store<uint64_t>({500 * kPageSize + 8}, 1));
@@ -150,7 +150,7 @@ TEST_CASE("prefault: the first machine of a template records, the next has its p
   REQUIRE(::stat(base.note().c_str(), &status) == 0);
   CHECK((status.st_mode & 0777) == 0600);
   GuestMemory memory = base.restore(extents);
-  const auto prefault = Prefault::start(memory, PrefaultMode::recorded, &image, extents);
+  const auto prefault = Prefault::start(memory, PrefaultMode::recorded, &image);
   REQUIRE(prefault.ok());
   REQUIRE(soon([&] { return count(memory.touched()->read) >= 1 && count(memory.touched()->written) == 2; }));
   CHECK(memory.touched()->written.front().first == 500);
@@ -168,15 +168,15 @@ TEST_CASE("prefault: none does nothing, all maps what is no hole, and a machine 
   SnapshotImage image = base.open();
   const auto extents = *image.extents();
   GuestMemory memory = base.restore(extents);
-  REQUIRE(Prefault::start(memory, PrefaultMode::none, &image, extents).ok());
+  REQUIRE(Prefault::start(memory, PrefaultMode::none, &image).ok());
   CHECK(memory.touched()->read.empty());
-  const auto all = Prefault::start(memory, PrefaultMode::all, nullptr, extents);
+  const auto all = Prefault::start(memory, PrefaultMode::all, nullptr);
   REQUIRE(all.ok());
   CHECK(soon([&] { return count(memory.touched()->read) >= kPages - 1; }));
   CHECK(memory.touched()->written.empty());
   // It would record after 2 s.
   const auto begin = std::chrono::steady_clock::now();
-  REQUIRE(Prefault::start(memory, PrefaultMode::recorded, &image, extents).ok());  // and ended
+  REQUIRE(Prefault::start(memory, PrefaultMode::recorded, &image).ok());  // and ended
   CHECK(std::chrono::steady_clock::now() - begin < std::chrono::milliseconds(1800));
   CHECK(::access(base.note().c_str(), F_OK) != 0);
 }
