@@ -52,14 +52,6 @@ struct Stage {
     CHECK(damaged == 0);
     return step;
   }
-  static void ends_well(VmmProcess& vm) {
-    vm.type(".");
-    const VmmResult result = vm.finish();
-    CHECK(result.output.ends_with("done\n"));
-    CHECK(result.output.find("FAILED") == std::string::npos);
-    CHECK(result.errors == "");
-    CHECK(result.status == 0);
-  }
   // A fork of that one is where it was, and goes on.
   void holds(const std::string& name, unsigned step) const {
     CAPTURE(name);

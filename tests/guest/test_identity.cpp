@@ -88,13 +88,6 @@ TEST_CASE("a fork is told that it is another machine, and who, before it goes on
     CHECK(is.generation == was.generation);
     CHECK(is.notifications == was.notifications);
   }
-  for (VmmProcess* vm : {&source, &one, &two, &third}) {
-    vm->type(".");
-    const VmmResult result = vm->finish();
-    CHECK(result.output.ends_with("done\n"));
-    CHECK(result.output.find("FAILED") == std::string::npos);
-    CHECK(result.errors == "");
-    CHECK(result.status == 0);
-  }
+  for (VmmProcess* vm : {&source, &one, &two, &third}) ends_well(*vm);
   ::unsetenv("CLONE_RUNTIME_DIR");
 }

@@ -39,9 +39,9 @@ TEST_CASE("each link of a chain of five holds its own memory") {
     CHECK(stage.ask(fork, "+") == 7);
     stage.succeeds(stage.snapshot("branch2", "fork"));
     stage.holds("branch2", 7);
-    stage.ends_well(fork);
+    ends_well(fork);
     stage.succeeds({"snapshot", "verify", "link6"});
-    stage.ends_well(source);
+    ends_well(source);
   }
 }
 
@@ -73,7 +73,7 @@ TEST_CASE("an incremental snapshot has what changed, much or next to nothing") {
   // The machine itself is forked whole all the same.
   VmmProcess fork({"fork", "--from", "source"});
   CHECK(stage.ask(fork, "+") == 2);
-  for (VmmProcess* vm : {&source, &fork}) stage.ends_well(*vm);
+  for (VmmProcess* vm : {&source, &fork}) ends_well(*vm);
 }
 
 TEST_CASE("an incremental snapshot needs the one before it, that very one") {
@@ -95,7 +95,7 @@ TEST_CASE("an incremental snapshot needs the one before it, that very one") {
   stage.succeeds(stage.snapshot("last", "source"));
   stage.holds("next", 1);
   stage.holds("last", 2);
-  for (VmmProcess* vm : {&source, &other}) stage.ends_well(*vm);
+  for (VmmProcess* vm : {&source, &other}) ends_well(*vm);
 }
 
 TEST_CASE("what a snapshot that failed would have held is in the next one") {
@@ -126,7 +126,7 @@ TEST_CASE("what a snapshot that failed would have held is in the next one") {
     stage.succeeds(stage.snapshot("next", "source"));
     stage.holds("base", 0);
     stage.holds("next", 2);
-    stage.ends_well(source);
+    ends_well(source);
   }
   CHECK(::umount2(disk.c_str(), MNT_DETACH) == 0);
 }
@@ -154,5 +154,5 @@ TEST_CASE("a chain becomes one full snapshot, and goes elsewhere as a file") {
   CHECK(stage.ask(source, "+") == 3);
   stage.succeeds(stage.snapshot("three", "source"));
   stage.holds("three", 3);
-  stage.ends_well(source);
+  ends_well(source);
 }

@@ -114,14 +114,6 @@ bool is_machine(int process) {
   return run_command({"list", "--json"}).output.find("\"pid\":" + std::to_string(process) + ",") != std::string::npos;
 }
 
-void end_well(VmmProcess& vm) {
-  vm.type(".");
-  const VmmResult result = vm.finish();
-  CHECK(result.output.ends_with("done\n"));
-  CHECK(result.errors == "");
-  CHECK(result.status == 0);
-}
-
 }  // namespace
 
 TEST_CASE("pool: a fork is one of those kept ready, and another takes its place") {
@@ -149,7 +141,7 @@ TEST_CASE("pool: a fork is one of those kept ready, and another takes its place"
   CHECK(identity_of(one) == first);
   VmmProcess alone(pool.fork({"--name", "alone"}));
   CHECK(identity_of(alone).find("name 'alone'") != std::string::npos);
-  for (VmmProcess* vm : {&one, &two, &alone}) end_well(*vm);
+  for (VmmProcess* vm : {&one, &two, &alone}) ends_well(*vm);
   for (const int process : before) {
     const auto gone = [&] { return !runs(process); };
     CHECK(comes_true(gone));
@@ -165,7 +157,7 @@ TEST_CASE("pool: more forks than are ready wait for the next, or begin by themse
   std::set<std::string> ids;
   for (auto& fork : forks) ids.insert(identity_of(*fork));
   CHECK(ids.size() == forks.size());
-  for (auto& fork : forks) end_well(*fork);
+  for (auto& fork : forks) ends_well(*fork);
 }
 
 TEST_CASE("pool: signals, the asker's death and mistakes reach whom they concern") {
@@ -211,7 +203,7 @@ TEST_CASE("pool: signals, the asker's death and mistakes reach whom they concern
   }
   VmmProcess alone(pool.fork());
   identity_of(alone);
-  end_well(alone);
+  ends_well(alone);
   CHECK(pool.prepare(0).output == "none of 'base' was kept ready\n");
 }
 
@@ -228,7 +220,7 @@ TEST_CASE("pool: --prepare again replaces it") {
   VmmProcess one(pool.fork());
   identity_of(one);
   CHECK(std::any_of(ready.begin(), ready.end(), is_machine));
-  end_well(one);
+  ends_well(one);
 }
 
 TEST_CASE("pool: a fork has the working directory and the devices of who asks") {
@@ -248,7 +240,7 @@ TEST_CASE("pool: a fork has the working directory and the devices of who asks") 
   REQUIRE(one.wait_for_line("slots ", line));
   CHECK(line == "slots 0x3 events 1 disk 1 " + content + ".");
   CHECK(is_machine(*ready.begin()));
-  end_well(one);
+  ends_well(one);
 }
 
 TEST_CASE("pool: a new template of that name is what is forked, and ends the pool") {
@@ -261,7 +253,7 @@ TEST_CASE("pool: a new template of that name is what is forked, and ends the poo
   pool.make_template_of(fork, "fork");
   VmmProcess one(pool.fork());
   CHECK(identity_of(one).find("generation 3 ") != std::string::npos);
-  end_well(one);
+  ends_well(one);
   const auto ended = [&] { return !runs(keeper) && !pool.has_socket(); };
   CHECK(comes_true(ended));
 }

@@ -71,7 +71,7 @@ TEST_CASE("a fork's first snapshot is a difference to its template, over generat
   REQUIRE(source.wait_for("ready\n"));
   CHECK(stage.ask(source, "+") == 1);
   stage.succeeds(stage.snapshot("g0", "source", false));
-  stage.ends_well(source);
+  ends_well(source);
   unsigned step = 1;
   for (unsigned generation = 1; generation <= 3; ++generation) {
     CAPTURE(generation);
@@ -88,7 +88,7 @@ TEST_CASE("a fork's first snapshot is a difference to its template, over generat
     CHECK(stored_bytes(stage, name(generation)) < 2 << 20);
     stage.holds(name(generation, "-idle"), step - 1);
     stage.holds(name(generation), step);
-    stage.ends_well(fork);
+    ends_well(fork);
   }
   // A fork needs all of the chain, and nobody else's.
   const std::string first = stage.store + "/g0", away = stage.dir.path() + "/away";
@@ -109,7 +109,7 @@ TEST_CASE("a fork's first snapshot is a difference to its template, over generat
   stage.succeeds(stage.snapshot("over-flat", "last"));
   CHECK(stage.command({"template", "list"}).output.find("\nover-flat                flat ") != std::string::npos);
   stage.holds("over-flat", step + 1);
-  stage.ends_well(last);
+  ends_well(last);
 }
 
 TEST_CASE("a fork's first snapshot needs its template, that very one, and a machine that runs is none") {
@@ -160,7 +160,7 @@ TEST_CASE("a fork's first snapshot needs its template, that very one, and a mach
   over_kept.insert(over_kept.end(), {"--backend", "memory"});
   CHECK(run_command(over_kept).errors.find("the backend memory keeps full snapshots") != std::string::npos);
   CHECK(run_command({"template", "rm", "kept", "--backend", "memory"}).status == 0);
-  for (VmmProcess* vm : {&source, &fork, &live, &kept}) stage.ends_well(*vm);
+  for (VmmProcess* vm : {&source, &fork, &live, &kept}) ends_well(*vm);
 }
 
 TEST_CASE("a template that lies compressed is forked, and is a parent, as it was") {
@@ -188,7 +188,7 @@ TEST_CASE("a template that lies compressed is forked, and is a parent, as it was
   stage.succeeds(stage.snapshot("two", "source"));
   CHECK(stage.ask(fork, "+") == 2);
   stage.succeeds(stage.snapshot("of-fork", "fork"));
-  for (VmmProcess* vm : {&source, &fork}) stage.ends_well(*vm);
+  for (VmmProcess* vm : {&source, &fork}) ends_well(*vm);
   for (const char* name : {"two", "of-fork"}) stage.holds(name, 2);
   stage.succeeds({"template", "flatten", "two", "flat"});
   const std::string file = stage.dir.path() + "/file";
@@ -227,7 +227,7 @@ TEST_CASE("a disk that is full in the middle of it leaves nothing, and the machi
   no_room(stage.snapshot("large", "source", false));
   CHECK(stage.ask(source, "+") == 1);
   stage.fails(stage.snapshot("next", "source"), "this VM has no snapshot yet");
-  stage.ends_well(source);
+  ends_well(source);
   VmmProcess small("changes", {"--mem", "64M", "--name", "small", "--cmdline", "mib=8"});
   REQUIRE(small.wait_for("ready\n"));
   stage.succeeds(stage.snapshot("base", "small", false));
@@ -254,7 +254,7 @@ TEST_CASE("a disk that is full in the middle of it leaves nothing, and the machi
   stage.succeeds({"template", "import", file, "--name", "imported"});
   stage.holds("two", 3);
   stage.holds("imported", 1);
-  stage.ends_well(small);
+  ends_well(small);
 }
 
 TEST_CASE("a machine that goes in the middle of its snapshot leaves no process, and nothing that is not cleared") {
@@ -303,7 +303,7 @@ TEST_CASE("a machine that goes in the middle of its snapshot leaves no process, 
       REQUIRE(other.wait_for("ready\n"));
       stage.succeeds(stage.snapshot("next", "other", false));
       CHECK(entries(stage.store) == (whole ? Names{"next", "x"} : Names{"next"}));
-      stage.ends_well(other);
+      ends_well(other);
       fs::remove_all(stage.store);
     }
   }
@@ -331,5 +331,5 @@ TEST_CASE("memory that another process can write to is not handed to a fork") {
   CHECK(stage.ask(source, "+") == 1);
   VmmProcess fork({"fork", "--from", "source", "--name", "fork"});
   CHECK(stage.ask(fork, "+") == 2);
-  for (VmmProcess* vm : {&source, &fork}) stage.ends_well(*vm);
+  for (VmmProcess* vm : {&source, &fork}) ends_well(*vm);
 }

@@ -3,7 +3,6 @@
 #include "vmm_process.hpp"
 
 #include <doctest/doctest.h>
-
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
@@ -135,6 +134,15 @@ VmmResult run_guest(const std::string& program, const std::vector<std::string>& 
   VmmProcess process(program, arguments);
   if (!input.empty()) process.type(input);
   return process.finish();
+}
+
+void ends_well(VmmProcess& vm) {
+  vm.type(".");
+  const VmmResult result = vm.finish();
+  CHECK(result.output.ends_with("done\n"));
+  CHECK(result.output.find("FAILED") == std::string::npos);
+  CHECK(result.errors == "");
+  CHECK(result.status == 0);
 }
 
 VmmResult run_command(const std::vector<std::string>& arguments) { return VmmProcess(arguments).finish(); }

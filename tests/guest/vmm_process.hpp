@@ -50,6 +50,9 @@ class VmmProcess {
   size_t passed_ = 0;  // of the output, by wait_for_line()
 };
 
+// Types `.`, by which many programs end: without a complaint of theirs or of the VMM's. Asserts.
+void ends_well(VmmProcess& vm);
+
 // Another command than `run`, to its end.
 VmmResult run_command(const std::vector<std::string>& arguments);
 

@@ -5,12 +5,9 @@
 
 namespace {
 
-constexpr uint16_t kInterruptEnable = kSerialPort + 1, kIdentification = kSerialPort + 2,
-                   kFifoControl = kSerialPort + 2, kModemControl = kSerialPort + 4, kLineStatus = kSerialPort + 5;
 constexpr uint64_t kStart = 16 << 20, kPageBytes = 4096;
 constexpr uint64_t kStride = 7;  // of the pages that a step changes
 
-volatile char command;
 Rings rings;
 struct alignas(kPageBytes) Drawn {
   uint64_t number;
@@ -28,11 +25,6 @@ uint64_t last_change(uint64_t page, uint64_t step) {
   return ago < step ? step - ago : 0;
 }
 
-void receive() {
-  while ((in8(kIdentification) & 1) == 0)
-    while (in8(kLineStatus) & 1) command = static_cast<char>(in8(kSerialPort));
-}
-
 }  // namespace
 
 void program() {
@@ -42,16 +34,10 @@ void program() {
   Device device = Device::find(kRandomDevice);
   CHECK(device.start(rings));
   device.sleep_while_waiting(0);
-  handle_with(1, receive);
-  route(4, 1);
-  out8(kFifoControl, 0x07);
-  out8(kModemControl, 0x0b);  // DTR, RTS, OUT2
-  out8(kInterruptEnable, 1);
+  take_commands();
   print("ready\n");
   for (uint64_t step = 0;;) {
-    sleep_until([] { return command != 0; });
-    const char asked = command;
-    command = 0;
+    const char asked = next_command();
     if (asked == '.') break;
     if (asked == '+') {
       ++step;

@@ -5,25 +5,17 @@
 
 namespace {
 
-constexpr uint16_t kInterruptEnable = kSerialPort + 1, kIdentification = kSerialPort + 2,
-                   kFifoControl = kSerialPort + 2, kModemControl = kSerialPort + 4, kLineStatus = kSerialPort + 5;
 constexpr uint64_t kTimerEntry = kLocalApic + 0x320, kTimerStart = kLocalApic + 0x380, kTimerDivide = kLocalApic + 0x3e0;
 constexpr uint32_t kPeriodic = 1 << 17;
 constexpr uint64_t kPatternStart = 16 << 20, kPageBytes = 4096;
 
 volatile unsigned ticks;
-volatile char command;
 Rings rings;
 uint64_t random_number;
 
 uint64_t pattern(uint64_t address) { return address * 0x9e3779b97f4a7c15 ^ 0x5bd1e995; }
 
 void tick() { ticks = ticks + 1; }
-
-void receive() {
-  while ((in8(kIdentification) & 1) == 0)
-    while (in8(kLineStatus) & 1) command = static_cast<char>(in8(kSerialPort));
-}
 
 void answer(Device& device, uint64_t pages) {
   const unsigned before = ticks;
@@ -45,20 +37,14 @@ void program() {
   Device device = Device::find(kRandomDevice);
   CHECK(device.start(rings));
   device.sleep_while_waiting(0);
-  handle_with(1, receive);
-  route(4, 1);
-  out8(kFifoControl, 0x07);
-  out8(kModemControl, 0x0b);  // DTR, RTS, OUT2
-  out8(kInterruptEnable, 1);
+  take_commands();
   handle_with(2, tick);
   at<uint32_t>(kTimerDivide) = 0xb;  // by 1
   at<uint32_t>(kTimerEntry) = kPeriodic | (kFirstVector + 2);
   at<uint32_t>(kTimerStart) = 20'000'000;  // KVM's APIC timer counts nanoseconds
   print("ready\n");
   for (;;) {
-    sleep_until([] { return command != 0; });
-    const char asked = command;
-    command = 0;
+    const char asked = next_command();
     if (asked == '?') answer(device, pages);
     if (asked == '.') break;
   }

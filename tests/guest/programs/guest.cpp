@@ -149,3 +149,50 @@ uint64_t number_argument(const char* name) {
   while (digit && *digit >= '0' && *digit <= '9') value = value * 10 + static_cast<uint64_t>(*digit++ - '0');
   return value;
 }
+
+volatile char command;
+
+namespace {
+
+constexpr uint16_t kInterruptEnable = kSerialPort + 1, kIdentification = kSerialPort + 2,
+                   kFifoControl = kSerialPort + 2, kModemControl = kSerialPort + 4, kLineStatus = kSerialPort + 5;
+
+void receive_command() {
+  while ((in8(kIdentification) & 1) == 0)
+    while (in8(kLineStatus) & 1) command = static_cast<char>(in8(kSerialPort));
+}
+
+}  // namespace
+
+void take_commands() {
+  handle_with(1, receive_command);
+  route(4, 1);
+  out8(kFifoControl, 0x07);
+  out8(kModemControl, 0x0b);  // DTR, RTS, OUT2
+  out8(kInterruptEnable, 1);
+}
+
+char next_command() {
+  sleep_until([] { return command != 0; });
+  const char asked = command;
+  command = 0;
+  return asked;
+}
+
+bool same(uint64_t address, const char* bytes, unsigned size_bytes) {
+  for (unsigned i = 0; i < size_bytes; ++i)
+    if (at<char>(address + i) != bytes[i]) return false;
+  return true;
+}
+
+uint64_t find(const char* bytes, unsigned size_bytes, uint64_t start) {
+  for (uint64_t address = start; address < 0x10'0000; ++address)
+    if (same(address, bytes, size_bytes)) return address;
+  return 0;
+}
+
+uint32_t event_line(uint64_t device) {
+  const uint64_t interrupt = find("\x89\x06\x00\x03\x01", 5, device);
+  CHECK(interrupt != 0 && interrupt < device + 64);
+  return at<uint32_t>(interrupt + 5);
+}

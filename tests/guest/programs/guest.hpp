@@ -105,6 +105,23 @@ void sleep_until(Condition condition) {
   asm volatile("sti" ::: "memory");
 }
 
+// --- Commands ---
+
+// The last letter that was typed and not taken; 0 for none.
+extern volatile char command;
+// From now on, by interrupt 1.
+void take_commands();
+// Sleeps until there is one.
+char next_command();
+
+// --- Tables ---
+
+bool same(uint64_t address, const char* bytes, unsigned size_bytes);
+// The first place below 1 MiB, from `start` on, that holds them; 0 for none.
+uint64_t find(const char* bytes, unsigned size_bytes, uint64_t start = 0xe'0000);
+// Of the event device whose name is at that address: the line of its extended interrupt (ACPI 6.5 §6.4.3.6), an edge.
+uint32_t event_line(uint64_t device);
+
 // --- Local APIC and other processors ---
 
 constexpr uint64_t kLocalApic = 0xfee0'0000;

@@ -5,8 +5,6 @@
 
 namespace {
 
-constexpr uint16_t kInterruptEnable = kSerialPort + 1, kIdentification = kSerialPort + 2,
-                   kFifoControl = kSerialPort + 2, kModemControl = kSerialPort + 4, kLineStatus = kSerialPort + 5;
 constexpr uint16_t kSlots = 5, kDescriptors = 3;  // of each slot
 
 struct Slot {
@@ -18,17 +16,11 @@ struct Slot {
   volatile Outcome outcome;
 };
 
-volatile char command;
 Rings rings;
 Slot slots[kSlots];
 uint64_t begun, done;
 
 uint64_t content(uint64_t sector, uint64_t word) { return (sector << 16 | word) * 0x9e3779b97f4a7c15; }
-
-void receive() {
-  while ((in8(kIdentification) & 1) == 0)
-    while (in8(kLineStatus) & 1) command = static_cast<char>(in8(kSerialPort));
-}
 
 void request(Device& device, uint16_t number, Operation operation, uint64_t sector) {
   Slot& slot = slots[number];
@@ -66,11 +58,7 @@ void program() {
   CHECK(device.start(rings));
   const uint64_t sectors = Disk(device).capacity_sectors();
   device.sleep_while_waiting(0);
-  handle_with(1, receive);
-  route(4, 1);
-  out8(kFifoControl, 0x07);
-  out8(kModemControl, 0x0b);  // DTR, RTS, OUT2
-  out8(kInterruptEnable, 1);
+  take_commands();
   for (uint16_t number = 0; number < kSlots; ++number) write_next(device, number);
   print("ready\n");
   for (bool ended = false; !ended || done < begun;) {

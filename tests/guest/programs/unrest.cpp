@@ -6,14 +6,11 @@
 
 namespace {
 
-constexpr uint16_t kInterruptEnable = kSerialPort + 1, kIdentification = kSerialPort + 2,
-                   kFifoControl = kSerialPort + 2, kModemControl = kSerialPort + 4, kLineStatus = kSerialPort + 5;
 constexpr uint64_t kStart = 4 << 20, kPageBytes = 4096;
 constexpr uint64_t kPlaceBytes = 8 * kPageBytes;
 // How long another processor may take between its number and its write, in turns of a loop.
 constexpr uint64_t kPatience = 500'000'000;
 
-volatile char command;
 volatile bool over;
 uint64_t places, rest;
 uint64_t last_number;
@@ -52,11 +49,6 @@ void be_another() {
   asm volatile("lock incl %0" : "+m"(stopped)::"cc");
 }
 
-void receive() {
-  while ((in8(kIdentification) & 1) == 0)
-    while (in8(kLineStatus) & 1) command = static_cast<char>(in8(kSerialPort));
-}
-
 }  // namespace
 
 void program() {
@@ -64,11 +56,7 @@ void program() {
   rest = number_argument("rest");
   const auto others = static_cast<uint32_t>(number_argument("processors")) - 1;
   CHECK(places % 5 != 0);
-  handle_with(1, receive);
-  route(4, 1);
-  out8(kFifoControl, 0x07);
-  out8(kModemControl, 0x0b);  // DTR, RTS, OUT2
-  out8(kInterruptEnable, 1);
+  take_commands();
   asm volatile("sti" ::: "memory");
   if (others) start_processors(be_another);
   const auto number_now = [] { return at<uint64_t>(reinterpret_cast<uint64_t>(&last_number)); };
