@@ -74,6 +74,16 @@ root_image() { # $WORK/root.ext4, the fixture with the script on standard input 
   debugfs -w -R "write $WORK/script etc/run" "$WORK/root.ext4" 2>/dev/null
 }
 
+add_program() { # IMAGE FILE PATH
+  debugfs -w -R "write $2 $3" "$1" 2>/dev/null
+  debugfs -w -R "set_inode_field $3 mode 0100755" "$1" 2>/dev/null
+}
+add_agent() { # IMAGE: a guest's init starts it
+  add_program "$1" "$(dirname "$CLONE")/../libexec/clone/clone-agent" usr/sbin/clone-agent
+}
+
+guest() { "$CLONE" exec --vm-id "$1" --timeout 30 -- "${@:2}"; } # VM COMMAND…: by its agent
+
 module() { # KERNEL NAME…: the files of a kernel's modules, dependencies first
   modprobe -aS "${1#*/vmlinuz-}" --show-depends "${@:2}" | awk '$1 == "insmod" && !seen[$2]++ { print $2 }'
 }

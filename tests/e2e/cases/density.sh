@@ -5,7 +5,6 @@
 # base stays as it is.
 # seconds: 170
 export CLONE_RUNTIME_DIR=$WORK/run
-agent=$(dirname "$CLONE")/../libexec/clone/clone-agent
 # Each says that it is up, waits until it is told to go on, and tells what is in the file that all of them write.
 root_image <<'END_OF_SCRIPT'
 echo "$(sed -n 's/.*machine=\([0-9]*\).*/\1/p' /proc/cmdline)" >/etc/number
@@ -15,8 +14,7 @@ echo "$word as $(cat /etc/number), root $(sed -n 's/^\([^ ]*\) \/ .*/\1/p' /proc
 dmesg | grep -iE 'out of memory|killed process' || echo "nobody was killed"
 END_OF_SCRIPT
 mv root.ext4 base.ext4
-debugfs -w -R "write $agent usr/sbin/clone-agent" base.ext4 2>/dev/null
-debugfs -w -R "set_inode_field usr/sbin/clone-agent mode 0100755" base.ext4 2>/dev/null
+add_agent base.ext4
 sum=$(sha256sum base.ext4)
 mkdir home
 export HOME=$WORK/home

@@ -3,15 +3,12 @@
 # also what the disk's device wrote into its memory; a chain becomes one snapshot, and a file.
 # seconds: 155
 export CLONE_RUNTIME_DIR=$WORK/run
-agent=$(dirname "$CLONE")/../libexec/clone/clone-agent
 root_image <<'END'
 echo "root is up"
 while read -r line; do echo "typed: $line"; done
 END
-debugfs -w -R "write $agent usr/sbin/clone-agent" root.ext4 2>/dev/null
-debugfs -w -R "set_inode_field usr/sbin/clone-agent mode 0100755" root.ext4 2>/dev/null
+add_agent root.ext4
 store=(--store "$WORK/store")
-guest() { "$CLONE" exec --vm-id "$1" --timeout 30 -- "${@:2}"; }
 
 "$CLONE" run --kernel "$KERNEL_CLOUD" --rootfs root.ext4 --overlay tmpfs --mem 128M --vcpus 2 --name source --no-reboot --cmdline quiet \
   </dev/null >console-source.log 2>&1 &

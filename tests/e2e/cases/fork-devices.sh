@@ -4,15 +4,12 @@
 # slot is refused.
 # seconds: 170
 export CLONE_RUNTIME_DIR=$WORK/run
-agent=$(dirname "$CLONE")/../libexec/clone/clone-agent
 root_image <<'END'
 echo "root is up"
 while read -r line; do :; done
 END
-debugfs -w -R "write $agent usr/sbin/clone-agent" root.ext4 2>/dev/null
-debugfs -w -R "set_inode_field usr/sbin/clone-agent mode 0100755" root.ext4 2>/dev/null
+add_agent root.ext4
 store=(--store "$WORK/store")
-guest() { "$CLONE" exec --vm-id "$1" --timeout 30 -- "${@:2}"; }
 text_of() { guest "$1" head -c "${#3}" "/dev/$2"; } # VM DISK TEXT-OF-THAT-LENGTH
 make_disk() { # NAME: its name is at its begin
   truncate -s 2M "$1.img"

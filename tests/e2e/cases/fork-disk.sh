@@ -3,7 +3,6 @@
 # the disk, and each fork writes on to a layer of its own, whose file system is whole when it is unmounted. No layer is left over.
 # seconds: 60
 export CLONE_RUNTIME_DIR=$WORK/run HOME=$WORK/home
-agent=$(dirname "$CLONE")/../libexec/clone/clone-agent
 root_image <<'END'
 mount -t ext4 /dev/vdb /mnt
 for writer in 1 2 3; do
@@ -17,12 +16,10 @@ done
 echo "root is up"
 while read -r line; do :; done
 END
-debugfs -w -R "write $agent usr/sbin/clone-agent" root.ext4 2>/dev/null
-debugfs -w -R "set_inode_field usr/sbin/clone-agent mode 0100755" root.ext4 2>/dev/null
+add_agent root.ext4
 mkdir home
 mke2fs -q -t ext4 -b 1024 -J size=2 data.img 12M
 store=(--store "$WORK/store")
-guest() { "$CLONE" exec --vm-id "$1" --timeout 30 -- "${@:2}"; }
 synced() { guest "$1" cat /run/synced; }
 has() { (($(synced "$1" | wc -l) >= $2)); } # VM FILES
 holds() { # IMAGE LIST: the file system is whole, and so is each file of the list

@@ -4,14 +4,12 @@
 # share their memory with the template.
 # seconds: 90
 export CLONE_RUNTIME_DIR=$WORK/run
-agent=$(dirname "$CLONE")/../libexec/clone/clone-agent
 root_image <<'END'
 echo "root is up"
 while read -r line; do :; done
 END
-debugfs -w -R "write $agent usr/sbin/clone-agent" root.ext4 2>/dev/null
-debugfs -w -R "set_inode_field usr/sbin/clone-agent mode 0100755" root.ext4 2>/dev/null
-debugfs -w -R "write $FIXTURES/load root/load" root.ext4 2>/dev/null
+add_agent root.ext4
+add_program root.ext4 "$FIXTURES/load" root/load
 openssl=$(command -v openssl)
 {
   printf 'mkdir %s\n' lib lib/x86_64-linux-gnu lib64
@@ -20,7 +18,6 @@ openssl=$(command -v openssl)
 } >additions
 debugfs -w -f additions root.ext4 >/dev/null 2>&1
 store=(--store "$WORK/store")
-guest() { "$CLONE" exec --vm-id "$1" --timeout 30 -- "${@:2}"; }
 random() { guest "$1" sh -c 'head -c 16 /dev/urandom | md5sum'; }
 page() { guest "$1" dd if=/dev/mem bs=1 skip=$((0x6000 + $2)) count="$3" 2>/dev/null | tr -d '\0'; } # OFFSET BYTES
 reseeds() { guest "$1" dmesg | grep -c 'crng reseeded due to virtual machine fork' || true; }

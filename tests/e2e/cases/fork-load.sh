@@ -3,7 +3,6 @@
 # forked, while it does: all of it goes on without an error there and in each fork, also when the templates are gone.
 # seconds: 90
 export CLONE_RUNTIME_DIR=$WORK/run
-agent=$(dirname "$CLONE")/../libexec/clone/clone-agent
 numbers=$(busybox seq 1 1000 | busybox sort -r | busybox sha256sum)
 root_image <<END
 dd if=/dev/urandom of=/run/untouched bs=64k count=32 2>/dev/null
@@ -22,11 +21,9 @@ busybox=\$(md5sum </bin/busybox)
 echo "root is up"
 while read -r line; do :; done
 END
-debugfs -w -R "write $agent usr/sbin/clone-agent" root.ext4 2>/dev/null
-debugfs -w -R "set_inode_field usr/sbin/clone-agent mode 0100755" root.ext4 2>/dev/null
-debugfs -w -R "write $FIXTURES/load load" root.ext4 2>/dev/null
+add_agent root.ext4
+add_program root.ext4 "$FIXTURES/load" load
 store=(--store "$WORK/store")
-guest() { "$CLONE" exec --vm-id "$1" --timeout 30 -- "${@:2}"; }
 progress() { # VM: into passes, right and set_back, without an error
   local errors backwards wrong _
   read -r _ passes _ errors _ backwards _ set_back _ right _ wrong <<<"$(guest "$1" cat /run/load /run/sums | tr '\n' ' ')"

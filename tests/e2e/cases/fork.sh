@@ -3,7 +3,6 @@
 # writes no other sees. Asked through the agent, inside.
 # seconds: 170
 export CLONE_RUNTIME_DIR=$WORK/run
-agent=$(dirname "$CLONE")/../libexec/clone/clone-agent
 root_image <<'END'
 ( n=0; while :; do n=$((n + 1)); echo $n >/run/ticks; sleep 0.1; done ) &
 exec 9>/run/open; echo begun >&9
@@ -11,13 +10,10 @@ exec 9>/run/open; echo begun >&9
 echo "root is up"
 while read -r line; do echo "typed: $line"; done
 END
-debugfs -w -R "write $agent usr/sbin/clone-agent" root.ext4 2>/dev/null
-debugfs -w -R "set_inode_field usr/sbin/clone-agent mode 0100755" root.ext4 2>/dev/null
-debugfs -w -R "write $FIXTURES/load load" root.ext4 2>/dev/null
-debugfs -w -R "set_inode_field load mode 0100755" root.ext4 2>/dev/null
+add_agent root.ext4
+add_program root.ext4 "$FIXTURES/load" load
 sum=$(sha256sum root.ext4)
 store=(--store "$WORK/store")
-guest() { "$CLONE" exec --vm-id "$1" --timeout 30 -- "${@:2}"; }
 goes_on() { # VM: its process counts, its timers fire, its disk and its clock answer
   local earliest latest told before after now
   earliest=$(date +%s)

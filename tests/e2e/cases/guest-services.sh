@@ -4,13 +4,11 @@
 # The same for streams that this process carries itself, with a client killed whose program takes no input.
 # seconds: 180
 export CLONE_RUNTIME_DIR=$WORK/run
-agent=$(dirname "$CLONE")/../libexec/clone/clone-agent
 root_image <<'END'
 echo "root is up"
 while read -r line; do echo "typed: $line"; done
 END
-debugfs -w -R "write $agent usr/sbin/clone-agent" root.ext4 2>/dev/null
-debugfs -w -R "set_inode_field usr/sbin/clone-agent mode 0100755" root.ext4 2>/dev/null
+add_agent root.ext4
 mkfifo input
 exec {input}<>input
 "$CLONE" run --kernel "$KERNEL_CLOUD" --rootfs root.ext4 --name web --no-reboot --cmdline quiet --vcpus 2 <&"$input" >console.log 2>&1 &
