@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // `clone doctor`: what this machine can do for virtual machines, a line each, with what to do about what is missing.
 #include <fcntl.h>
-#include <linux/kvm.h>
 #include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/utsname.h>

@@ -3,7 +3,6 @@
 #include "cli/doctor_kvm.hpp"
 
 #include <fcntl.h>
-#include <linux/kvm.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
@@ -12,6 +11,7 @@
 #include <cstring>
 #include <fstream>
 
+#include "kvm/api.hpp"
 #include "util/fd.hpp"
 #include "util/mapping.hpp"
 
