@@ -16,6 +16,7 @@
 #include <thread>
 
 #include "changes_stage.hpp"
+#include "killed.hpp"
 #include "util/fd.hpp"
 
 namespace fs = std::filesystem;
@@ -255,6 +256,47 @@ TEST_CASE("a disk that is full in the middle of it leaves nothing, and the machi
   stage.holds("two", 3);
   stage.holds("imported", 1);
   ends_well(small);
+}
+
+TEST_CASE("a command that is killed at any step leaves each template as it was or as it should be") {
+  const Stage stage;
+  VmmProcess source("changes", machine());
+  REQUIRE(source.wait_for("ready\n"));
+  stage.succeeds(stage.snapshot("base", "source", false));
+  CHECK(stage.ask(source, "+") == 1);
+  stage.succeeds(stage.snapshot("one", "source"));
+  ends_well(source);
+  const std::string file = stage.dir.path() + "/exported";
+  stage.succeeds({"template", "export", "one", file});
+  struct Command {
+    std::vector<std::string> words, undo;
+    unsigned step;  // of the guest in the last of its words
+  };
+  for (const Command& command : {Command{{"template", "flatten", "one", "new"}, {"template", "rm", "new"}, 1},
+                                 Command{{"template", "import", file, "--name", "new"}, {"template", "rm", "new"}, 1},
+                                 Command{{"template", "compress", "base"}, {"template", "decompress", "base"}, 0},
+                                 Command{{"template", "decompress", "base"}, {"template", "compress", "base"}, 0}}) {
+    const std::string& name = command.words.back();
+    CAPTURE(command.words[1]);
+    if (command.words[1] == "decompress") stage.succeeds(command.undo);
+    const size_t steps = killed_after(SIZE_MAX, stage.with_store(command.words));
+    REQUIRE(steps > 100);
+    stage.holds(name, command.step);
+    stage.succeeds(command.undo);
+    for (size_t killed = 1; killed < steps; killed += steps / 25) {
+      CAPTURE(killed);
+      (void)killed_after(killed, stage.with_store(command.words));
+      for (const std::string& there : entries(stage.store))
+        if (!there.starts_with(".")) stage.succeeds({"template", "verify", there});
+      (void)stage.command(command.undo);  // where it was done
+    }
+    // What the killed left is cleared by the next.
+    stage.succeeds(command.words);
+    CHECK(entries(stage.store) == (name == "new" ? Names{"base", "new", "one"} : Names{"base", "one"}));
+    CHECK(entries(stage.store + "/" + name).size() == 2);
+    if (name == "new") stage.succeeds(command.undo);
+  }
+  stage.holds("one", 1);
 }
 
 TEST_CASE("a machine that goes in the middle of its snapshot leaves no process, and nothing that is not cleared") {
