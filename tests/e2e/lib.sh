@@ -11,7 +11,7 @@ fail() { echo "failed: $*" >&2; exit 1; }
 skip() { echo "$*"; exit 77; } # the reason is the last line of the log
 
 contains() { # FILE TEXT
-  grep -qF -e "$2" -- "$1" || { echo "$1 lacks: $2" >&2; return 1; }
+  grep -qF -e "$2" -- "$1" || { echo "$1 lacks: $2; it ends with:" >&2; tail -n 8 -- "$1" >&2; return 1; }
 }
 
 equal() { # WHAT ACTUAL EXPECTED
@@ -77,6 +77,13 @@ root_image() { # $WORK/root.ext4, the fixture with the script on standard input 
 add_program() { # IMAGE FILE PATH
   debugfs -w -R "write $2 $3" "$1" 2>/dev/null
   debugfs -w -R "set_inode_field $3 mode 0100755" "$1" 2>/dev/null
+}
+add_with_libraries() { # IMAGE FILE PATH: into the image of a small root file system that has none yet
+  local library
+  printf 'mkdir %s\n' lib lib/x86_64-linux-gnu lib64 >"$WORK/additions"
+  for library in $(ldd "$2" | grep -o '/lib[^ ]*'); do echo "write $library $library"; done >>"$WORK/additions"
+  debugfs -w -f "$WORK/additions" "$1" >/dev/null 2>&1
+  add_program "$@"
 }
 add_agent() { # IMAGE: a guest's init starts it
   add_program "$1" "$(dirname "$CLONE")/../libexec/clone/clone-agent" usr/sbin/clone-agent

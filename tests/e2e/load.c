@@ -2,6 +2,7 @@
 // load THREADS KIB FILE: each thread writes to memory of its own again and again, and looks at all of it before it does;
 // one more watches the clocks. FILE always has the last line of how that goes.
 // load clock: for each line on standard input, the nanoseconds of the clock.
+// load random: 16 bytes of getrandom(2).
 // load cid: the vsock context id that the guest's kernel knows.
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -13,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -68,6 +70,14 @@ static void start(void* (*run)(void*), size_t number) {
   if (pthread_create(&thread, NULL, run, (void*)number) != 0) exit(1);
 }
 
+static int print_random(void) {
+  unsigned char bytes[16];
+  if (getrandom(bytes, sizeof bytes, 0) != sizeof bytes) return 1;
+  for (size_t i = 0; i < sizeof bytes; ++i) printf("%02x", bytes[i]);
+  printf("\n");
+  return 0;
+}
+
 static int print_cid(void) {
   unsigned cid = 0;
   const int fd = open("/dev/vsock", O_RDONLY);
@@ -81,6 +91,7 @@ static int print_cid(void) {
 
 int main(int count, char** arguments) {
   if (count == 2 && strcmp(arguments[1], "cid") == 0) return print_cid();
+  if (count == 2 && strcmp(arguments[1], "random") == 0) return print_random();
   if (count == 2 && strcmp(arguments[1], "clock") == 0) {
     char line[16];
     while (fgets(line, sizeof line, stdin)) {

@@ -10,15 +10,10 @@ while read -r line; do :; done
 END
 add_agent root.ext4
 add_program root.ext4 "$FIXTURES/load" root/load
-openssl=$(command -v openssl)
-{
-  printf 'mkdir %s\n' lib lib/x86_64-linux-gnu lib64
-  printf 'write %s usr/bin/openssl\n' "$openssl"
-  for library in $(ldd "$openssl" | grep -o '/lib[^ ]*'); do echo "write $library $library"; done
-} >additions
-debugfs -w -f additions root.ext4 >/dev/null 2>&1
+add_with_libraries root.ext4 "$(command -v openssl)" usr/bin/openssl
 store=(--store "$WORK/store")
 random() { guest "$1" sh -c 'head -c 16 /dev/urandom | md5sum'; }
+getrandom() { guest "$1" /root/load random; }
 page() { guest "$1" dd if=/dev/mem bs=1 skip=$((0x6000 + $2)) count="$3" 2>/dev/null | tr -d '\0'; } # OFFSET BYTES
 reseeds() { guest "$1" dmesg | grep -c 'crng reseeded due to virtual machine fork' || true; }
 is_in_time() { # VM: its clock is the host's to 50 ms, as near as can be told
@@ -43,7 +38,7 @@ END
 is_reseeded() { [[ $(reseeds "$1") == "$2" ]]; }
 
 try() { # KERNEL RESEEDS
-  local kernel=$1 reseeds=$2 name before now own_kib machines=(source one two)
+  local kernel=$1 reseeds=$2 name before now own_kib machines=(source one two three)
   local -A forks
   "$CLONE" run --kernel "$kernel" --rootfs root.ext4 --overlay tmpfs --mem 256M --name source --no-reboot --cmdline quiet \
     </dev/null >console-source.log 2>&1 &
@@ -55,16 +50,16 @@ try() { # KERNEL RESEEDS
   id=$(page source 16 16 | md5sum)
   "$CLONE" snapshot --name base "${store[@]}" source
   sleep 3 # which the forks' clocks have to make up for
-  for name in one two; do
+  for name in one two three; do
     "$CLONE" fork --template base "${store[@]}" --name $name </dev/null >console-$name.log 2>&1 &
     forks[$name]=$!
   done
-  for name in one two; do
+  for name in one two three; do
     within 30 guest $name hostname >name # the agent is told first, then asked
     equal "host name" "$(<name)" $name
     within 10 is_reseeded $name "$reseeds"
   done
-  for name in one two; do # the guest's pages that it wrote to, and what the VMM needs for itself
+  for name in one two three; do # the guest's pages that it wrote to, and what the VMM needs for itself
     own_kib=$(awk '$1 == "Anonymous:" { print $2 }' "/proc/${forks[$name]}/smaps_rollup")
     echo "$name: $own_kib KiB of its own"
     ((own_kib <= 8 << 10)) || fail "$name: $own_kib KiB of its own"
@@ -79,18 +74,19 @@ try() { # KERNEL RESEEDS
   equal "host name of the source" "$(guest source hostname)" template
   equal "reseeds of the source" "$(reseeds source)" 0
   equal "id of the source" "$(page source 16 16 | md5sum)" "$id"
-  equal "random numbers" "$(for name in "${machines[@]}"; do random $name; done | sort -u | wc -l)" 3
-  equal "ids" "$(for name in "${machines[@]}"; do page $name 16 16 | md5sum; done | sort -u | wc -l)" 3
+  equal "random numbers" "$(for name in "${machines[@]}"; do random $name; done | sort -u | wc -l)" 4
+  equal "numbers of getrandom" "$(for name in "${machines[@]}"; do getrandom $name; done | grep -E '^[0-9a-f]{32}$' | sort -u | wc -l)" 4
+  equal "ids" "$(for name in "${machines[@]}"; do page $name 16 16 | md5sum; done | sort -u | wc -l)" 4
   for name in "${machines[@]}"; do
     guest $name openssl genpkey -algorithm ED25519 >key-$name
     openssl pkey -in key-$name -noout
   done
-  equal "keys" "$(grep -hv -e '-----' key-* | sort -u | wc -l)" 3
+  equal "keys" "$(grep -hv -e '-----' key-* | sort -u | wc -l)" 4
   for name in "${machines[@]}"; do
     equal "$name: complaints" "$(guest $name dmesg | sed 's/^[^]]*] //' | grep -E 'ACPI (Error|Warning)|vmgenid.*(fail|error)' || true)" ''
     "$CLONE" stop --grace 20 $name
   done
-  for name in one two; do equal "what was said of $name's identity" "$(grep 'identity it had' console-$name.log || true)" ''; done
+  for name in one two three; do equal "what was said of $name's identity" "$(grep 'identity it had' console-$name.log || true)" ''; done
   wait
   "$CLONE" template rm base "${store[@]}"
   echo "${kernel##*/}: after $SECONDS s"

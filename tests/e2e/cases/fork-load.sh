@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-# A Debian guest that computes, reads its disk, writes to memory and watches its clocks is kept, whole and by what changed, and
-# forked, while it does: all of it goes on without an error there and in each fork, also when the templates are gone.
+# A Debian guest of four processors that compiles, computes, reads its disk, writes to memory and watches its clocks is kept, whole
+# and by what changed, and forked, while it does: all of it goes on without an error there and in each fork, also when the templates
+# are gone.
 # seconds: 90
 export CLONE_RUNTIME_DIR=$WORK/run
 numbers=$(busybox seq 1 1000 | busybox sort -r | busybox sha256sum)
+tcc -E "$(dirname "${BASH_SOURCE[0]}")/../list-tree.c" -o source.i
+tcc -c source.i -o object
+object=$(busybox sha256sum <object)
 root_image <<END
 dd if=/dev/urandom of=/run/untouched bs=64k count=32 2>/dev/null
 md5sum </run/untouched >/run/untouched.sum
-/load 2 64 /run/load &
+/load 4 64 /run/load &
 busybox=\$(md5sum </bin/busybox)
-( right=0 wrong=0
+( cd /run
+  cp /source.i .
+  right=0 wrong=0
   while :; do
     [ "\$(seq 1 1000 | sort -r | gzip | gunzip | sha256sum)" = "$numbers" ] && right=\$((right + 1)) || wrong=\$((wrong + 1))
+    rm -f object; tcc -c source.i -o object
+    [ "\$(sha256sum <object)" = "$object" ] && right=\$((right + 1)) || wrong=\$((wrong + 1))
     echo 1 >/proc/sys/vm/drop_caches
     [ "\$(md5sum </bin/busybox)" = "\$busybox" ] && right=\$((right + 1)) || wrong=\$((wrong + 1))
     echo "right \$right wrong \$wrong" >/run/sums.new
@@ -23,6 +31,8 @@ while read -r line; do :; done
 END
 add_agent root.ext4
 add_program root.ext4 "$FIXTURES/load" load
+add_with_libraries root.ext4 "$(command -v tcc)" usr/bin/tcc
+debugfs -w -R "write source.i source.i" root.ext4 2>/dev/null
 store=(--store "$WORK/store")
 progress() { # VM: into passes, right and set_back, without an error
   local errors backwards wrong _
@@ -32,7 +42,7 @@ progress() { # VM: into passes, right and set_back, without an error
 works() { # VM
   local passes right wanted_passes wanted_right end=$((SECONDS + 60))
   progress "$1"
-  wanted_passes=$((passes + 3)) wanted_right=$((right + 2))
+  wanted_passes=$((passes + 3)) wanted_right=$((right + 3))
   until progress "$1"; ((passes >= wanted_passes && right >= wanted_right)); do
     ((SECONDS < end)) || fail "$1: $passes passes, $right sums are not $wanted_passes and $wanted_right"
     sleep 0.3
@@ -40,7 +50,7 @@ works() { # VM
   echo "$1: $passes passes, $right sums after $SECONDS s"
 }
 
-"$CLONE" run --kernel "$KERNEL_CLOUD" --rootfs root.ext4 --overlay tmpfs --mem 96M --mem-backing memfd --vcpus 2 --name source --no-reboot \
+"$CLONE" run --kernel "$KERNEL_CLOUD" --rootfs root.ext4 --overlay tmpfs --mem 128M --mem-backing memfd --vcpus 4 --name source --no-reboot \
   --cmdline quiet </dev/null >console-source.log 2>&1 &
 source=$!
 within 120 contains console-source.log "root is up"
