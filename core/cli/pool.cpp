@@ -241,6 +241,18 @@ void become_silent() {
   for (const int standard : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) ::dup2(nothing.get(), standard);
 }
 
+// What whoever started this program left open, which would wait for its end. All that this program opens is closed on exec.
+void close_inherited() {
+  std::vector<int> inherited;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd", error)) {
+    const int fd = std::atoi(entry.path().filename().c_str());
+    if (const int flags = ::fcntl(fd, F_GETFD); fd > STDERR_FILENO && flags >= 0 && !(flags & FD_CLOEXEC))
+      inherited.push_back(fd);
+  }
+  for (const int fd : inherited) ::close(fd);
+}
+
 void Keeper::run(Fd ready) {
   sigset_t signals;
   ::sigemptyset(&signals);
@@ -409,6 +421,7 @@ Result<int> start_pool(const PoolKey& key, unsigned count, const PoolMember& mem
     lock.reset();
     ::setsid();
     ::prctl(PR_SET_NAME, "clone-pool");
+    close_inherited();
     ::unlinkat(pools.get(), socket.c_str(), 0);
     auto listener = listen_in(pools.get(), socket);
     if (!listener.ok()) ::_exit(static_cast<int>(fail(listener.error())));

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forks from a pool: begun before anybody asked, and the asker's own in every other way.
 #include <doctest/doctest.h>
+#include <poll.h>
 #include <signal.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -13,6 +15,7 @@
 #include <thread>
 
 #include "scratch_dir.hpp"
+#include "util/fd.hpp"
 #include "vmm_process.hpp"
 
 namespace {
@@ -115,6 +118,22 @@ bool is_machine(int process) {
 }
 
 }  // namespace
+
+TEST_CASE("pool: what was open where it was started is not kept open") {
+  const Pool pool;
+  int ends[2];
+  REQUIRE(::pipe(ends) == 0);
+  const vmm::Fd read_end(ends[0]);
+  vmm::Fd write_end(ends[1]);
+  (void)pool.start(1);
+  write_end.reset();
+  pollfd entry{read_end.get(), POLLIN, 0};
+  CHECK(::poll(&entry, 1, 5000) == 1);
+  CHECK(entry.revents == POLLHUP);
+  VmmProcess fork(pool.fork());
+  CHECK(identity_of(fork).find("generation 2") != std::string::npos);
+  ends_well(fork);
+}
 
 TEST_CASE("pool: a fork is one of those kept ready, and another takes its place") {
   const Pool pool;
