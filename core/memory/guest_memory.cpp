@@ -284,14 +284,18 @@ Result<std::vector<Mapping>> GuestMemory::make_private() {
   // A copy of such a page may find none left in the host's pool, and the machine would die of it.
   if (reserved_pages_)
     return Error{"memory in a memfd of reserved huge pages (huge-pages=2M) cannot be copied as it is written"};
-  uint64_t offset = 0;
-  for (const Region& region : regions_) {
-    if (Mapping moved = move_away(region); moved.data()) left.push_back(std::move(moved));
-    if (::mmap(region.host, region.size_bytes, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE,
-               memfd_.get(), static_cast<off_t>(offset)) == MAP_FAILED)
-      return errno_error("memory: mmap");
-    if (mergeable_) ::madvise(region.host, region.size_bytes, MADV_MERGEABLE);
-    offset += region.size_bytes;
+  const auto map = [&](const Region& region, int sharing) {
+    return ::mmap(region.host, region.size_bytes, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_NORESERVE | sharing,
+                  memfd_.get(), static_cast<off_t>(offset_of(region.start))) != MAP_FAILED;
+  };
+  for (size_t i = 0; i < regions_.size(); ++i) {
+    if (Mapping moved = move_away(regions_[i]); moved.data()) left.push_back(std::move(moved));
+    if (!map(regions_[i], MAP_PRIVATE)) {
+      const Error error = errno_error("memory: mmap");
+      for (size_t before = 0; before < i; ++before) map(regions_[before], MAP_SHARED);  // nothing has been written to it
+      return error;
+    }
+    if (mergeable_) ::madvise(regions_[i].host, regions_[i].size_bytes, MADV_MERGEABLE);
   }
   base_files_.push_back(std::move(memfd_));
   become_restored();
