@@ -213,10 +213,10 @@ Result<InstanceDirectory> InstanceDirectory::create(std::string name, uint32_t v
   Fd root = TRY(open_runtime_root());
   const Fd lock = TRY(lock_in_runtime_root(root.get(), ".lock").context("runtime directory " + root_path));
   clear_stale(root.get());
-  const std::vector<InstanceRecord> live = live_in(root_path, root.get());
-  for (const InstanceRecord& other : live)
-    if (!name.empty() && (other.name == name || other.id == name))
-      return Error{"--name: '" + name + "' is taken by the VM of process " + std::to_string(other.pid)};
+  if (!name.empty())
+    for (const InstanceRecord& other : live_in(root_path, root.get()))
+      if (other.name == name || other.id == name)
+        return Error{"--name: '" + name + "' is taken by the VM of process " + std::to_string(other.pid)};
 
   InstanceRecord record;
   do {
