@@ -37,9 +37,10 @@ END
 }
 is_reseeded() { [[ $(reseeds "$1") == "$2" ]]; }
 
-try() { # KERNEL RESEEDS
-  local kernel=$1 reseeds=$2 name before now own_kib machines=(source one two three)
-  local -A forks
+try() { # KERNEL RESEEDS FORK…
+  local kernel=$1 reseeds=$2 name before now own_kib forks=("${@:3}") machines=(source "${@:3}")
+  local -A process
+  rm -f key-*
   "$CLONE" run --kernel "$kernel" --rootfs root.ext4 --overlay tmpfs --mem 256M --name source --no-reboot --cmdline quiet \
     </dev/null >console-source.log 2>&1 &
   within 60 contains console-source.log "root is up"
@@ -50,17 +51,17 @@ try() { # KERNEL RESEEDS
   id=$(page source 16 16 | md5sum)
   "$CLONE" snapshot --name base "${store[@]}" source
   sleep 3 # which the forks' clocks have to make up for
-  for name in one two three; do
+  for name in "${forks[@]}"; do
     "$CLONE" fork --template base "${store[@]}" --name $name </dev/null >console-$name.log 2>&1 &
-    forks[$name]=$!
+    process[$name]=$!
   done
-  for name in one two three; do
+  for name in "${forks[@]}"; do
     within 30 guest $name hostname >name # the agent is told first, then asked
     equal "host name" "$(<name)" $name
     within 10 is_reseeded $name "$reseeds"
   done
-  for name in one two three; do # the guest's pages that it wrote to, and what the VMM needs for itself
-    own_kib=$(awk '$1 == "Anonymous:" { print $2 }' "/proc/${forks[$name]}/smaps_rollup")
+  for name in "${forks[@]}"; do # the guest's pages that it wrote to, and what the VMM needs for itself
+    own_kib=$(awk '$1 == "Anonymous:" { print $2 }' "/proc/${process[$name]}/smaps_rollup")
     echo "$name: $own_kib KiB of its own"
     ((own_kib <= 8 << 10)) || fail "$name: $own_kib KiB of its own"
   done
@@ -74,22 +75,22 @@ try() { # KERNEL RESEEDS
   equal "host name of the source" "$(guest source hostname)" template
   equal "reseeds of the source" "$(reseeds source)" 0
   equal "id of the source" "$(page source 16 16 | md5sum)" "$id"
-  equal "random numbers" "$(for name in "${machines[@]}"; do random $name; done | sort -u | wc -l)" 4
-  equal "numbers of getrandom" "$(for name in "${machines[@]}"; do getrandom $name; done | grep -E '^[0-9a-f]{32}$' | sort -u | wc -l)" 4
-  equal "ids" "$(for name in "${machines[@]}"; do page $name 16 16 | md5sum; done | sort -u | wc -l)" 4
+  equal "random numbers" "$(for name in "${machines[@]}"; do random $name; done | sort -u | wc -l)" ${#machines[@]}
+  equal "numbers of getrandom" "$(for name in "${machines[@]}"; do getrandom $name; done | grep -E '^[0-9a-f]{32}$' | sort -u | wc -l)" ${#machines[@]}
+  equal "ids" "$(for name in "${machines[@]}"; do page $name 16 16 | md5sum; done | sort -u | wc -l)" ${#machines[@]}
   for name in "${machines[@]}"; do
     guest $name openssl genpkey -algorithm ED25519 >key-$name
     openssl pkey -in key-$name -noout
   done
-  equal "keys" "$(grep -hv -e '-----' key-* | sort -u | wc -l)" 4
+  equal "keys" "$(grep -hv -e '-----' key-* | sort -u | wc -l)" ${#machines[@]}
   for name in "${machines[@]}"; do
     equal "$name: complaints" "$(guest $name dmesg | sed 's/^[^]]*] //' | grep -E 'ACPI (Error|Warning)|vmgenid.*(fail|error)' || true)" ''
     "$CLONE" stop --grace 20 $name
   done
-  for name in one two three; do equal "what was said of $name's identity" "$(grep 'identity it had' console-$name.log || true)" ''; done
+  for name in "${forks[@]}"; do equal "what was said of $name's identity" "$(grep 'identity it had' console-$name.log || true)" ''; done
   wait
   "$CLONE" template rm base "${store[@]}"
   echo "${kernel##*/}: after $SECONDS s"
 }
-try "$KERNEL_GENERIC" 1
-try "$KERNEL_CLOUD" 0
+try "$KERNEL_GENERIC" 1 one two three
+try "$KERNEL_CLOUD" 0 one two
