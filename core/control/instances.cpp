@@ -78,6 +78,7 @@ Fd open_instance(int root, const std::string& id) {
   return Fd(::openat(root, id.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW));
 }
 
+// Others who ask at the same moment share the lock.
 bool is_live(int directory) { return ::flock(directory, LOCK_SH | LOCK_NB) != 0 && errno == EWOULDBLOCK; }
 
 std::vector<std::string> names_in(int directory) {
@@ -158,7 +159,7 @@ void clear_stale(int root) {
   for (const std::string& id : names_in(root)) {
     if (!is_id(id)) continue;
     const Fd directory = open_instance(root, id);
-    if (!directory || ::flock(directory.get(), LOCK_EX | LOCK_NB) != 0) continue;
+    if (!directory || is_live(directory.get())) continue;
     log_debug("clearing what VM " + id + " left behind");
     remove_instance(root, directory.get(), id);
   }

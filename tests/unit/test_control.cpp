@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -263,6 +264,8 @@ TEST_CASE("what a killed VM left is not listed, and cleared by the next one; its
   other.kill();
   CHECK(std::filesystem::exists(left));
   CHECK(list_instances()->empty());
+  const Fd asking(::open(left.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));  // as a list does, at this moment
+  REQUIRE(::flock(asking.get(), LOCK_SH | LOCK_NB) == 0);
   auto again = InstanceDirectory::create("web", 1, 1);
   REQUIRE(again.ok());
   CHECK(!std::filesystem::exists(left));
