@@ -2,7 +2,7 @@
 # Forks know that they are other machines than their template: by VMGENID with the generic kernel, which has its driver, and by
 # the agent alone with the cloud kernel. Random numbers, keys, host names, clocks and identity pages, asked inside. Besides that they
 # share their memory with the template.
-# seconds: 90
+# seconds: 120
 export CLONE_RUNTIME_DIR=$WORK/run
 root_image <<'END'
 echo "root is up"
