@@ -51,6 +51,9 @@ struct Chip {
 constexpr Chip kChips[] = {
     {Irqchip::pic_master, "pic.master"}, {Irqchip::pic_slave, "pic.slave"}, {Irqchip::ioapic, "ioapic"}};
 
+constexpr const char* kVcpuParts[] = {"mp-state", "registers", "system-registers", "xcrs",  "debug-registers",
+                                      "lapic",    "events",    "xsave",            "cpuid", "msrs"};
+
 enum class Register : uint8_t { eax, ebx, ecx, edx };
 
 uint32_t value_of(const kvm_cpuid_entry2& entry, Register which) {
@@ -144,6 +147,17 @@ uint32_t word_in(std::span<const kvm_cpuid_entry2> entries, const FeatureWord& w
   return 0;
 }
 
+// "GenuineIntel": another maker's has other registers and other errata, whatever the features say.
+std::string maker_of(std::span<const kvm_cpuid_entry2> entries) {
+  std::string maker;
+  for (const Register part : {Register::ebx, Register::edx, Register::ecx}) {
+    const uint32_t letters = word_in(entries, {0, 0, part, 0});
+    for (unsigned shift = 0; shift < 32; shift += 8)
+      if (const char letter = static_cast<char>(letters >> shift); letter >= ' ' && letter <= '~') maker += letter;
+  }
+  return maker;
+}
+
 // What the time stamp counter has to be advanced by: kilohertz are counts a millisecond.
 uint64_t counts(uint64_t ns, uint32_t tsc_khz) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(ns) * tsc_khz / 1'000'000);
@@ -181,6 +195,8 @@ Result<void> load_msrs(const KvmVcpu& vcpu, const Sections& sections, uint64_t t
 std::vector<std::string> missing_features(std::span<const kvm_cpuid_entry2> needed,
                                           std::span<const kvm_cpuid_entry2> present) {
   std::vector<std::string> missing;
+  if (const std::string maker = maker_of(needed); !maker.empty() && maker != maker_of(present))
+    missing.push_back("the maker " + maker);
   for (const FeatureWord& word : kFeatureWords) {
     const uint32_t lacking = word_in(needed, word) & ~word_in(present, word) & ~word.not_features;
     for (uint32_t bit = 0; bit < 32; ++bit)
@@ -222,6 +238,11 @@ Result<void> save_kvm(const Kvm& kvm, const KvmVm& vm, VcpuPointers vcpus, Secti
 
 Result<std::vector<KvmVcpu>> create_saved_vcpus(const Kvm& kvm, const KvmVm& vm, uint32_t count,
                                                 const Sections& sections) {
+  std::set<std::string, std::less<>> known = {"pit", "time"};
+  for (const Chip& chip : kChips) known.insert(chip.tag);
+  for (uint32_t id = 0; id < count; ++id)
+    for (const char* part : kVcpuParts) known.insert(vcpu_tag(id, part));
+  TRY(check_known(sections, kOwner, known));
   const auto time = TRY(sections.get<SavedTime>(kOwner, "time", kVersion));
   auto vcpus = TRY(create_vcpus(kvm, vm, {count}));
   // What a machine that boots here would see: some hosts have more than KVM lists as supported.

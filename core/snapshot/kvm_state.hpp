@@ -17,7 +17,8 @@ using VcpuPointers = std::span<KvmVcpu* const>;
 // The vCPUs stand still.
 Result<void> save_kvm(const Kvm& kvm, const KvmVm& vm, VcpuPointers vcpus, Sections& sections);
 
-// vCPUs that see the processor that the saved ones saw. A feature of it that this host lacks is an error by name.
+// vCPUs that see the processor that the saved ones saw. A feature of it that this host lacks is an error by name, and so is
+// a section of KVM's that such a machine has no use for.
 Result<std::vector<KvmVcpu>> create_saved_vcpus(const Kvm& kvm, const KvmVm& vm, uint32_t count,
                                                 const Sections& sections);
 

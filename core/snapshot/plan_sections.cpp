@@ -43,6 +43,10 @@ Result<void> describe_plan(const CheckedPlan& plan, Sections& sections) {
   return sections.put(kCoreSections, kFolder, kVersion, std::as_bytes(std::span(folder)));
 }
 
+Result<void> check_core_sections(const Sections& sections) {
+  return check_known(sections, kCoreSections, {kProfile, kFolder, kSnapshotIdTag});
+}
+
 Result<std::string_view> saved_profile(const Sections& sections) {
   return as_text(TRY(sections.get(kCoreSections, kProfile, kVersion)));
 }

@@ -16,8 +16,14 @@ namespace vmm {
 // Without backend= of one's own.
 inline constexpr const char* kDefaultSnapshotBackend = "file";
 
+// A random number that tells a snapshot from others that were made of the same machine: a section of the owner "core".
+inline constexpr const char* kSnapshotIdTag = "snapshot-id";
+
 // Sections of the owner "core".
 Result<void> describe_plan(const CheckedPlan& plan, Sections& sections);
+
+// An error by the name of a section of the core's that is unknown here.
+Result<void> check_core_sections(const Sections& sections);
 
 // The profile of the saved machine; it lies in the sections.
 Result<std::string_view> saved_profile(const Sections& sections);

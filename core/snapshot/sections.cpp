@@ -75,11 +75,14 @@ SectionReader::SectionReader(const Sections& sections, std::string owner)
              });
            }} {}
 
-Result<void> SectionReader::check_all_read() const {
-  for (const auto& [key, section] : sections_.all())
-    if (key.first == owner_ && !read_.contains(key.second))
-      return Error{name_of(owner_, key.second) + " is unknown here", 0, CLONE_ERR_CORRUPT};
+Result<void> check_known(const Sections& sections, std::string_view owner,
+                         const std::set<std::string, std::less<>>& known) {
+  for (const auto& [key, section] : sections.all())
+    if (key.first == owner && !known.contains(key.second))
+      return Error{name_of(key.first, key.second) + " is unknown here", 0, CLONE_ERR_CORRUPT};
   return {};
 }
+
+Result<void> SectionReader::check_all_read() const { return check_known(sections_, owner_, read_); }
 
 }  // namespace vmm

@@ -89,6 +89,10 @@ class SectionWriter {
   clone_writer raw_;
 };
 
+// An error by the name of a section of that owner that is none of these: its meaning would be lost.
+Result<void> check_known(const Sections& sections, std::string_view owner,
+                         const std::set<std::string, std::less<>>& known);
+
 class SectionReader {
  public:
   SectionReader(const Sections& sections, std::string owner);

@@ -16,6 +16,7 @@
 #include "plugin/catalogue.hpp"
 #include "plugin/crash_report.hpp"
 #include "snapshot/kvm_state.hpp"
+#include "snapshot/plan_sections.hpp"
 #include "util/log.hpp"
 
 namespace vmm {
@@ -127,6 +128,7 @@ Result<void> Machine::restore(Timing& timing) {
     TRY(reader.check_all_read());
     owners.insert(instance.host.name());
   }
+  TRY(check_core_sections(saved_->sections));
   for (const auto& [key, section] : saved_->sections.all())
     if (!owners.contains(key.first))
       return Error{"section " + key.first + "/" + key.second + ": this machine has no " + key.first, 0,
@@ -420,6 +422,7 @@ Result<void> Machine::start(Timing& timing) {
     if (saved->sections.has(kPolicySections)) {
       const SectionReader reader(saved->sections, kPolicySections);
       TRY(reclaim_->load(reader.raw()));
+      TRY(reader.check_all_read());
     }
   for (const Instance& instance : instances_)
     if (instance.ops.start)

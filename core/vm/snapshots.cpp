@@ -40,7 +40,6 @@ Result<bool> flag_of(const json::object& given, const char* key) {
   return value->get_bool();
 }
 
-constexpr const char* kIdTag = "snapshot-id";
 constexpr uint32_t kIdVersion = 1;
 
 // Nobody writes to it any more, whoever has it: refused while another process has it mapped for that.
@@ -75,7 +74,7 @@ void Snapshots::follow(Machine* machine, const SavedMachine* saved) {
   parent_.reset();
   unsaved_.clear();
   if (!saved || saved->template_name.empty()) return;
-  const auto id = saved->sections.get<Id>(kCoreSections, kIdTag, kIdVersion);
+  const auto id = saved->sections.get<Id>(kCoreSections, kSnapshotIdTag, kIdVersion);
   if (id.ok()) parent_ = Kept{saved->template_name, *id, true};
 }
 
@@ -113,7 +112,7 @@ Result<void> Snapshots::write_over_parent(const SnapshotBackend& backend, const 
     return gone(parent_->is_template ? "is not in this store" : "is not there any more");
   if (!image.ok()) return std::move(image).error();
   auto parent = TRY(backend.open(parent_->name));
-  const auto id = TRY(parent.sections()).get<Id>(kCoreSections, kIdTag, kIdVersion);
+  const auto id = TRY(parent.sections()).get<Id>(kCoreSections, kSnapshotIdTag, kIdVersion);
   if (!id.ok() || *id != parent_->id) return gone("was replaced by another one");
   ParentMemory parent_memory(TRY(parent.extents()), memory_bytes);
   return receive_snapshot(stream, *image, &parent_memory);
@@ -224,7 +223,7 @@ Result<void> Snapshots::snapshot(const json::object& given, Reply& reply) {
     };
   }
   job.while_paused = [=, this](Sections& sections, const std::function<Result<void>()>& then) -> Result<void> {
-    TRY(sections.put(kCoreSections, kIdTag, kIdVersion, kept.id));
+    TRY(sections.put(kCoreSections, kSnapshotIdTag, kIdVersion, kept.id));
     return while_paused(sections, afterwards, *answer, [&]() -> Result<void> {
       TRY(then());
       if (incremental) (*answer)["changed_bytes"] = unsaved_.count() * kPageSize;
