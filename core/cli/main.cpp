@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Entry of the `clone` binary: finds the command and runs it.
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -123,7 +124,20 @@ Parsed parse(CLI::App& app, const Arguments& arguments) {
 
 }  // namespace vmm
 
+namespace {
+
+// A caller may have closed them; what is opened next would then be written to as if it were one of them.
+void fill_standard_descriptors() {
+  int fd = 0;
+  do fd = ::open("/dev/null", O_RDWR);
+  while (fd >= 0 && fd <= STDERR_FILENO);
+  if (fd >= 0) ::close(fd);
+}
+
+}  // namespace
+
 int main(int argc, char** argv) {
+  fill_standard_descriptors();
   // Before any plugin is loaded: a crash in one is reported under its name.
   vmm::install_crash_handler();
   const vmm::Arguments arguments(argv + 1, argv + argc);
