@@ -110,7 +110,8 @@ Parsed ForkParser::parse(const Arguments& arguments, PluginLibrary& library) {
   const auto wrong = [](const char* message) { return Parsed{true, fail(Error{message}, ExitCode::usage)}; };
   if (options.name.empty() == options.vm.empty()) return wrong("give one of --template NAME and --from VM");
   if (options.prepare && options.name.empty()) return wrong("--prepare is for a template: give --template NAME");
-  if (options.prepare && options.count > 1) return wrong("--prepare starts no fork: leave --count out");
+  if (options.prepare && (options.count > 1 || !options.start.settings.empty()))
+    return wrong("--prepare starts no fork: leave the options of one to the commands that do");
   apply_verbosity(options.start);
   return {};
 }

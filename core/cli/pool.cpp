@@ -5,12 +5,14 @@
 #include "cli/pool.hpp"
 
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <poll.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <termios.h>
 #include <unistd.h>
@@ -42,11 +44,15 @@ constexpr unsigned kMostFailures = 3;
 constexpr uint32_t kMostArgumentBytes = 256 << 10;
 constexpr size_t kDescriptors = 4;  // standard input, output and error, and the working directory
 
-// Of the same version, and with the same view of files, network and users, or they do not talk.
+// The same program, with the same view of files, network and users, and the same rights, or they do not talk: a machine of
+// the pool's must be able to do no more and no less than one of the client's.
 struct Greeting {
   std::array<char, 32> version{};
-  std::array<uint64_t, 6> namespaces{};
+  std::array<uint64_t, 7> files{};  // namespaces, root folder, program
   uint64_t umask = 0;
+  uint64_t group = 0, groups = 0;  // a sum over the further ones
+  std::array<uint64_t, 3> capabilities{};
+  uint64_t confinement = 0;  // no_new_privs, seccomp
   bool operator==(const Greeting&) const = default;
 };
 
@@ -55,14 +61,26 @@ Greeting greeting() {
   std::snprintf(greeting.version.data(), greeting.version.size(), "clone pool %s", CLONE_VERSION);
   size_t next = 0;
   for (const char* path : {"/proc/self/ns/mnt", "/proc/self/ns/net", "/proc/self/ns/user", "/proc/self/ns/pid",
-                           "/proc/self/ns/ipc", "/proc/self/root"}) {
+                           "/proc/self/ns/ipc", "/proc/self/root", "/proc/self/exe"}) {
     struct stat status {};
-    if (::stat(path, &status) == 0) greeting.namespaces[next] = status.st_ino;
+    if (::stat(path, &status) == 0) greeting.files[next] = status.st_ino;
     ++next;
   }
   const mode_t mask = ::umask(0);
   ::umask(mask);
   greeting.umask = mask;
+  greeting.group = ::getegid();
+  std::array<gid_t, 256> groups{};
+  const int count = ::getgroups(groups.size(), groups.data());
+  for (int i = 0; i < count; ++i) greeting.groups += uint64_t{groups[static_cast<size_t>(i)]} << 16 | 1;
+  __user_cap_header_struct header{_LINUX_CAPABILITY_VERSION_3, 0};
+  std::array<__user_cap_data_struct, _LINUX_CAPABILITY_U32S_3> sets{};
+  if (::syscall(SYS_capget, &header, sets.data()) == 0)
+    for (const auto& set : sets)
+      for (size_t kind = 0; const uint32_t bits : {set.effective, set.permitted, set.inheritable})
+        greeting.capabilities[kind] = greeting.capabilities[kind] << 32 | bits, ++kind;
+  const auto told = [](int option) { return static_cast<uint64_t>(::prctl(option, 0, 0, 0, 0)); };
+  greeting.confinement = told(PR_GET_NO_NEW_PRIVS) << 32 | told(PR_GET_SECCOMP);
   return greeting;
 }
 
