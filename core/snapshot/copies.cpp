@@ -56,19 +56,25 @@ Result<Original> open_whole(const SnapshotBackend& backend, const std::string& n
   return original;
 }
 
-// A new file under a temporary name beside its own.
+// A new file that has no name until it is whole: nothing is left of it when the process is killed. Where the file system
+// cannot do that it has a temporary name beside its own.
 class NewFile {
  public:
   static Result<NewFile> create(const std::string& path) {
     NewFile file(path);
     if (std::error_code ignored; std::filesystem::exists(path, ignored)) return Error{path + ": is there already"};
-    file.fd_ = Fd(::mkostemp(file.temporary_.data(), O_CLOEXEC));  // mode 0600
+    file.fd_ = Fd(::open(file.folder_.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
+    if (!file.fd_ && (errno == EOPNOTSUPP || errno == EISDIR || errno == EINVAL)) {
+      file.temporary_ =
+          file.folder_ + "/." + std::filesystem::path(path).filename().string() + ".XXXXXX";
+      file.fd_ = Fd(::mkostemp(file.temporary_.data(), O_CLOEXEC));  // mode 0600
+    }
     if (!file.fd_) return errno_error(path);
     return file;
   }
   NewFile(NewFile&&) = default;
   ~NewFile() {
-    if (fd_) ::unlink(temporary_.c_str());
+    if (fd_ && !temporary_.empty()) ::unlink(temporary_.c_str());
   }
   Result<void> write(std::span<const std::byte> bytes) {
     while (!bytes.empty()) {
@@ -80,21 +86,25 @@ class NewFile {
     return {};
   }
   Result<void> publish() {
+    const std::string nameless = "/proc/self/fd/" + std::to_string(fd_.get());
     if (::fsync(fd_.get()) != 0 ||
-        ::renameat2(AT_FDCWD, temporary_.c_str(), AT_FDCWD, path_.c_str(), RENAME_NOREPLACE) != 0)
+        (temporary_.empty()
+             ? ::linkat(AT_FDCWD, nameless.c_str(), AT_FDCWD, path_.c_str(), AT_SYMLINK_FOLLOW)
+             : ::renameat2(AT_FDCWD, temporary_.c_str(), AT_FDCWD, path_.c_str(), RENAME_NOREPLACE)) != 0)
       return errno_error(path_);
     fd_.reset();
+    const Fd folder(::open(folder_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    if (!folder || ::fsync(folder.get()) != 0) return errno_error(folder_);
     return {};
   }
 
  private:
   explicit NewFile(const std::string& path)
-      : path_(path),
-        temporary_((std::filesystem::path(path).parent_path() /
-                    ("." + std::filesystem::path(path).filename().string() + ".XXXXXX"))
-                       .string()) {}
+      : path_(path), folder_(std::filesystem::path(path).parent_path().string()) {
+    if (folder_.empty()) folder_ = ".";
+  }
 
-  std::string path_, temporary_;
+  std::string path_, folder_, temporary_;
   Fd fd_;
 };
 

@@ -24,7 +24,7 @@ using clone_sdk::Result;
 
 constexpr uint64_t kPageBytes = 4096;
 constexpr uint64_t kMostMemoryBytes = uint64_t{1} << 42;
-constexpr uint64_t kMostSectionBytes = uint64_t{1} << 30;  // of all sections together
+constexpr uint64_t kMostSectionBytes = 256 << 20;  // of all sections together; an export takes no more either
 constexpr uint32_t kMostSections = 1 << 16;
 constexpr uint64_t kMostExtents = 1 << 20;
 constexpr size_t kLongestName = 64;
