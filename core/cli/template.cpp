@@ -11,6 +11,7 @@
 #include "cli/vm_option.hpp"
 #include "snapshot/copies.hpp"
 #include "snapshot/plan_sections.hpp"
+#include "util/utf8.hpp"
 #include "vm/prefault.hpp"
 
 namespace vmm {
@@ -87,15 +88,16 @@ Result<void> inspect(const SnapshotBackend& backend, const std::string& name, bo
   const auto extents = TRY(image.extents());
   uint64_t stored_bytes = 0;
   for (const MemoryExtent& extent : extents) stored_bytes += extent.size_bytes;
-  const std::string_view settings = TRY(saved_profile(sections));
+  // An imported one may hold anything, and a terminal obeys.
+  const std::string settings = valid_utf8(TRY(saved_profile(sections)));
   std::optional<TouchedPages> touched;
   for (const SnapshotBackend::Entry& entry : TRY(backend.list()))
     if (entry.name == name) touched = recorded_pages(image, entry.memory_bytes);
   if (as_json) {
     json::array rows;
     for (const auto& [key, section] : sections.all())
-      rows.push_back(json::object{{"owner", key.first},
-                                  {"tag", key.second},
+      rows.push_back(json::object{{"owner", valid_utf8(key.first)},
+                                  {"tag", valid_utf8(key.second)},
                                   {"version", section.version},
                                   {"size_bytes", section.bytes.size()}});
     json::value prefault;
@@ -111,10 +113,9 @@ Result<void> inspect(const SnapshotBackend& backend, const std::string& name, bo
                   .c_str());
     return {};
   }
-  std::printf("%.*s\n%-20s %-24s %7s %10s\n", static_cast<int>(settings.size()), settings.data(), "OWNER", "TAG",
-              "VERSION", "BYTES");
+  std::printf("%s\n%-20s %-24s %7s %10s\n", printable(settings).c_str(), "OWNER", "TAG", "VERSION", "BYTES");
   for (const auto& [key, section] : sections.all())
-    std::printf("%-20s %-24s %7u %10zu\n", key.first.c_str(), key.second.c_str(), section.version,
+    std::printf("%-20s %-24s %7u %10zu\n", printable(key.first).c_str(), printable(key.second).c_str(), section.version,
                 section.bytes.size());
   std::printf("\nmemory: %s in %zu pieces\n", size_text(stored_bytes).c_str(), extents.size());
   if (touched)

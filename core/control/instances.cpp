@@ -159,7 +159,7 @@ void clear_stale(int root) {
   for (const std::string& id : names_in(root)) {
     if (!is_id(id)) continue;
     const Fd directory = open_instance(root, id);
-    if (!directory || is_live(directory.get())) continue;
+    if (!directory || ::flock(directory.get(), LOCK_SH | LOCK_NB) != 0) continue;
     log_debug("clearing what VM " + id + " left behind");
     remove_instance(root, directory.get(), id);
   }

@@ -45,4 +45,20 @@ std::string valid_utf8(std::string_view bytes) {
   return text;
 }
 
+std::string printable(std::string_view bytes) {
+  const std::string text = valid_utf8(bytes);
+  std::string shown;
+  for (size_t at = 0; at < text.size(); ++at) {
+    const auto byte = static_cast<unsigned char>(text[at]);
+    const auto next = static_cast<unsigned char>(at + 1 < text.size() ? text[at + 1] : 0);
+    if (byte == 0xc2 && next < 0xa0) {  // U+0080 to U+009F
+      shown += '?';
+      ++at;
+    } else {
+      shown += (byte < 0x20 && byte != '\n') || byte == 0x7f ? '?' : text[at];
+    }
+  }
+  return shown;
+}
+
 }  // namespace vmm

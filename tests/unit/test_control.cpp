@@ -571,6 +571,7 @@ TEST_CASE("bytes that are not UTF-8 do not break answers") {
   CHECK(valid_utf8("\xed\xa0\x80") == bad + bad + bad);  // a surrogate
   CHECK(valid_utf8("\xf4\x90\x80\x80") == bad + bad + bad + bad);
   CHECK(valid_utf8("\xe2\x82") == bad + bad);
+  CHECK(printable("a\n\x1b[2J\r\x7f\t\xc3\xa4\xc2\x9b\xff") == "a\n?[2J???\xc3\xa4?" + bad);
   Served served;
   REQUIRE(served.server
               ->add_method("", "test.bytes", "Fails with bytes.",
