@@ -292,7 +292,8 @@ Result<std::vector<Mapping>> GuestMemory::make_private() {
     if (Mapping moved = move_away(regions_[i]); moved.data()) left.push_back(std::move(moved));
     if (!map(regions_[i], MAP_PRIVATE)) {
       const Error error = errno_error("memory: mmap");
-      for (size_t before = 0; before < i; ++before) map(regions_[before], MAP_SHARED);  // nothing has been written to it
+      // Nothing has been written to those before; this one may be a hole by now.
+      for (size_t back = 0; back <= i; ++back) map(regions_[back], MAP_SHARED);
       return error;
     }
     if (mergeable_) ::madvise(regions_[i].host, regions_[i].size_bytes, MADV_MERGEABLE);

@@ -42,7 +42,7 @@ class Capture {
                                                 Job job);
   Capture(const Capture&) = delete;
   Capture& operator=(const Capture&) = delete;
-  // What a thread puts comes to its end before; a child process goes on.
+  // What a thread puts comes to its end before; a child process is ended, and what it put is given up.
   ~Capture() = default;
 
  private:
