@@ -44,19 +44,28 @@ pid_t start_traced(std::vector<std::string> words, const std::string& input) {
 
 }  // namespace
 
-size_t killed_after(size_t steps, const std::vector<std::string>& arguments, const std::string& input) {
+Killed killed_after(size_t steps, const std::vector<std::string>& arguments, const std::string& input) {
   std::vector<std::string> words{CLONE_BINARY};
   words.insert(words.end(), arguments.begin(), arguments.end());
   const pid_t pid = start_traced(std::move(words), input);
   size_t count = 0;
-  int status = 0;
+  int status = 0, end = 0;
   for (pid_t thread = 0; (thread = ::waitpid(-pid, &status, __WALL)) > 0;) {
-    if (!WIFSTOPPED(status)) continue;  // a thread ended, or, as the last, the process
+    if (!WIFSTOPPED(status)) {  // a thread ended, or, as the last, the process
+      if (thread == pid) end = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+      continue;
+    }
     const int signal = WSTOPSIG(status);
     if (signal == kCallStop && ++count == steps) ::kill(pid, SIGKILL);
     // A new thread's first stop is no signal that it was sent; nor is the stop of the one that began it.
     const bool sent = signal != kCallStop && signal != SIGSTOP && status >> 16 == 0;
     ::ptrace(PTRACE_SYSCALL, thread, nullptr, sent ? signal : 0);
   }
-  return count < steps ? count : steps;
+  return {count < steps ? count : steps, end};
+}
+
+size_t steps_of(const std::vector<std::string>& arguments, const std::string& input) {
+  const Killed whole = killed_after(SIZE_MAX, arguments, input);
+  REQUIRE(whole.status == 0);
+  return whole.steps;
 }

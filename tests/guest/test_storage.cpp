@@ -42,6 +42,13 @@ std::vector<std::string> entries(const std::string& folder) {
 }
 using Names = std::vector<std::string>;
 
+// Of a template, without what its forks may have left there.
+Names parts(const std::string& folder) {
+  Names names = entries(folder);
+  std::erase_if(names, [](const std::string& name) { return name.starts_with("note-"); });
+  return names;
+}
+
 std::vector<std::string> fork_of(const Stage& stage, const std::string& name, const std::string& as) {
   return stage.with_store({"fork", "--template", name, "--name", as});
 }
@@ -177,7 +184,7 @@ TEST_CASE("a template that lies compressed is forked, and is a parent, as it was
     const VmmResult compressed = stage.command({"template", "compress", name});
     CHECK(compressed.errors == "");
     CHECK(compressed.output.find(", before ") != std::string::npos);
-    CHECK(entries(stage.store + "/" + name) == Names{"memory.zst", "state"});
+    CHECK(parts(stage.store + "/" + name) == Names{"memory.zst", "state"});
     stage.succeeds({"template", "compress", name});
     for (const char* look : {"verify", "inspect"}) stage.succeeds({"template", look, name});
   }
@@ -196,7 +203,7 @@ TEST_CASE("a template that lies compressed is forked, and is a parent, as it was
   stage.succeeds({"template", "export", "one", file});
   stage.succeeds({"template", "import", file, "--name", "imported"});
   for (const char* name : {"base", "one", "flat"}) stage.succeeds({"template", "decompress", name});
-  CHECK(entries(stage.store + "/base") == Names{"memory", "state"});
+  CHECK(parts(stage.store + "/base") == Names{"memory", "state"});
   CHECK(stored_bytes(stage, "base") <= before);
   for (const char* name : {"two", "of-fork", "imported"}) stage.succeeds({"template", "verify", name});
   stage.holds("flat", 2);
@@ -247,7 +254,7 @@ TEST_CASE("a disk that is full in the middle of it leaves nothing, and the machi
   no_room({"template", "export", "one", disk.path + "/exported"});
   CHECK(entries(disk.path) == Names{"filler", "store"});
   CHECK(entries(stage.store) == Names{"base", "one"});
-  CHECK(entries(stage.store + "/base") == Names{"memory", "state"});
+  CHECK(parts(stage.store + "/base") == Names{"memory", "state"});
   CHECK(stage.ask(small, "+") == 3);
   disk.empty();  // reading a hole takes room of a tmpfs
   stage.holds("one", 1);
@@ -279,8 +286,7 @@ TEST_CASE("a command that is killed at any step leaves each template as it was o
     const std::string& name = command.words.back();
     CAPTURE(command.words[1]);
     if (command.words[1] == "decompress") stage.succeeds(command.undo);
-    const size_t steps = killed_after(SIZE_MAX, stage.with_store(command.words));
-    REQUIRE(steps > 100);
+    const size_t steps = steps_of(stage.with_store(command.words));
     stage.holds(name, command.step);
     stage.succeeds(command.undo);
     for (size_t killed = 1; killed < steps; killed += steps / 25) {
@@ -293,7 +299,7 @@ TEST_CASE("a command that is killed at any step leaves each template as it was o
     // What the killed left is cleared by the next.
     stage.succeeds(command.words);
     CHECK(entries(stage.store) == (name == "new" ? Names{"base", "new", "one"} : Names{"base", "one"}));
-    CHECK(entries(stage.store + "/" + name).size() == 2);
+    CHECK(parts(stage.store + "/" + name).size() == 2);
     if (name == "new") stage.succeeds(command.undo);
   }
   stage.holds("one", 1);
