@@ -22,7 +22,7 @@ within() { # SECONDS COMMAND…: repeats COMMAND until it succeeds
   local end=$((SECONDS + $1))
   shift
   until "$@" 2>/dev/null; do
-    ((SECONDS < end)) || { echo "not in time: $*" >&2; return 1; }
+    ((SECONDS < end)) || { echo "not in time: $*" >&2; "$@" || true; return 1; }
     sleep 0.2
   done
 }

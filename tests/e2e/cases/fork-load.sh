@@ -5,8 +5,8 @@
 # seconds: 150
 export CLONE_RUNTIME_DIR=$WORK/run
 numbers=$(busybox seq 1 1000 | busybox sort -r | busybox sha256sum)
-tcc -E "$(dirname "${BASH_SOURCE[0]}")/../list-tree.c" -o source.i
-tcc -c source.i -o object
+{ echo 'int f0(int x) { return x; }'; for i in {1..200}; do echo "int f$i(int x) { return f$((i - 1))(x) * $i + x % $i; }"; done; } >source.c
+tcc -c source.c -o object
 object=$(busybox sha256sum <object)
 root_image <<END
 dd if=/dev/urandom of=/run/untouched bs=64k count=32 2>/dev/null
@@ -14,11 +14,11 @@ md5sum </run/untouched >/run/untouched.sum
 /load 4 16 /run/load &
 busybox=\$(md5sum </bin/busybox)
 ( cd /run
-  cp /source.i .
+  cp /source.c .
   right=0 wrong=0
   while :; do
     [ "\$(seq 1 1000 | sort -r | gzip | gunzip | sha256sum)" = "$numbers" ] && right=\$((right + 1)) || wrong=\$((wrong + 1))
-    rm -f object; tcc -c source.i -o object
+    rm -f object; tcc -c source.c -o object
     [ "\$(sha256sum <object)" = "$object" ] && right=\$((right + 1)) || wrong=\$((wrong + 1))
     echo 1 >/proc/sys/vm/drop_caches
     [ "\$(md5sum </bin/busybox)" = "\$busybox" ] && right=\$((right + 1)) || wrong=\$((wrong + 1))
@@ -32,7 +32,7 @@ END
 add_agent root.ext4
 add_program root.ext4 "$FIXTURES/load" load
 add_with_libraries root.ext4 "$(command -v tcc)" usr/bin/tcc
-debugfs -w -R "write source.i source.i" root.ext4 2>/dev/null
+debugfs -w -R "write source.c source.c" root.ext4 2>/dev/null
 store=(--store "$WORK/store")
 progress() { # VM: into passes, right and set_back, without an error
   local errors backwards wrong _

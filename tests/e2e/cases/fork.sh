@@ -40,9 +40,10 @@ goes_on source
 echo "snapshot after $SECONDS s"
 trap '(($? == 0)) || tail -n 12 console-*.log' EXIT
 forks=()
-for name in one two three; do
+for name in one two three; do # the third out of a pool
   cid=()
   [[ $name != two ]] || cid=(--cid 77)
+  [[ $name != three ]] || "$CLONE" fork --template base "${store[@]}" --prepare 1
   "$CLONE" fork --template base "${store[@]}" --name $name "${cid[@]}" --timing </dev/null >console-$name.log 2>&1 &
   forks+=($!)
   within 30 guest $name true
@@ -51,6 +52,8 @@ for name in one two three; do
   (($(guest $name cut -d. -f1 /proc/uptime) >= uptime)) || fail "$name: its uptime went backwards"
   echo "$name answers after $SECONDS s"
 done
+equal "processes of the pool: one is three, one is ready" "$(ps -o comm= --ppid "$(pgrep -x clone-pool -o)" | grep -c clone-pool)" 2
+"$CLONE" fork --template base "${store[@]}" --prepare 0
 for name in source one two three; do goes_on $name; done
 equal "the source's file" "$(guest source cat /root/file)" before
 for name in one two three; do equal "$name: its file" "$(guest $name cat /root/file)" $name; done
