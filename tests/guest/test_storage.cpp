@@ -53,6 +53,14 @@ std::vector<std::string> fork_of(const Stage& stage, const std::string& name, co
   return stage.with_store({"fork", "--template", name, "--name", as});
 }
 
+// The machine at its first step, and at the next as what differs.
+void keep_base_and_one(const Stage& stage, VmmProcess& source) {
+  REQUIRE(source.wait_for("ready\n"));
+  stage.succeeds(stage.snapshot("base", "source", false));
+  CHECK(stage.ask(source, "+") == 1);
+  stage.succeeds(stage.snapshot("one", "source"));
+}
+
 // A small file system of its own.
 struct FullDisk {
   std::string path;
@@ -174,10 +182,7 @@ TEST_CASE("a fork's first snapshot needs its template, that very one, and a mach
 TEST_CASE("a template that lies compressed is forked, and is a parent, as it was") {
   const Stage stage;
   VmmProcess source("changes", machine());
-  REQUIRE(source.wait_for("ready\n"));
-  stage.succeeds(stage.snapshot("base", "source", false));
-  CHECK(stage.ask(source, "+") == 1);
-  stage.succeeds(stage.snapshot("one", "source"));
+  keep_base_and_one(stage, source);
   VmmProcess fork(fork_of(stage, "one", "fork"));
   const uint64_t before = stored_bytes(stage, "base");
   for (const char* name : {"base", "one"}) {
@@ -268,10 +273,7 @@ TEST_CASE("a disk that is full in the middle of it leaves nothing, and the machi
 TEST_CASE("a command that is killed at any step leaves each template as it was or as it should be") {
   const Stage stage;
   VmmProcess source("changes", machine());
-  REQUIRE(source.wait_for("ready\n"));
-  stage.succeeds(stage.snapshot("base", "source", false));
-  CHECK(stage.ask(source, "+") == 1);
-  stage.succeeds(stage.snapshot("one", "source"));
+  keep_base_and_one(stage, source);
   ends_well(source);
   const std::string file = stage.dir.path() + "/exported";
   stage.succeeds({"template", "export", "one", file});
@@ -303,6 +305,27 @@ TEST_CASE("a command that is killed at any step leaves each template as it was o
     if (name == "new") stage.succeeds(command.undo);
   }
   stage.holds("one", 1);
+}
+
+TEST_CASE("an export that is killed at any step leaves a whole file or none") {
+  const Stage stage;
+  VmmProcess source("changes", machine());
+  keep_base_and_one(stage, source);
+  ends_well(source);
+  const std::string folder = stage.dir.path() + "/files", file = folder + "/one";
+  fs::create_directory(folder);
+  const auto words = stage.with_store({"template", "export", "one", file});
+  const size_t steps = steps_of(words);
+  for (size_t killed = 1; killed < steps; killed += steps / 25) {
+    CAPTURE(killed);
+    fs::remove(file);
+    (void)killed_after(killed, words);
+    const Names left = entries(folder);
+    CHECK((left.empty() || left == Names{"one"}));
+    if (left.empty()) continue;
+    stage.succeeds({"template", "import", file, "--name", "new"});
+    stage.succeeds({"template", "rm", "new"});
+  }
 }
 
 TEST_CASE("a machine that goes in the middle of its snapshot leaves no process, and nothing that is not cleared") {
