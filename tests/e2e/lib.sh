@@ -18,8 +18,8 @@ equal() { # WHAT ACTUAL EXPECTED
   [[ $2 == "$3" ]] || fail "$1: '$2', not '$3'"
 }
 
-within() { # SECONDS COMMAND…: repeats COMMAND until it succeeds
-  local end=$((SECONDS + $1))
+within() { # SECONDS COMMAND…: repeats COMMAND until it succeeds, for four times as long: the machine may be busy with other work
+  local end=$((SECONDS + 4 * $1))
   shift
   until "$@" 2>/dev/null; do
     ((SECONDS < end)) || { echo "not in time: $*" >&2; "$@" || true; return 1; }
