@@ -79,7 +79,7 @@ def smaps_private(pid):
 
 
 figures("as they came up")
-until(60, "every guest idle and its balloon filled",
+until(240, "every guest idle and its balloon filled",
       lambda: all(vm["guest"]["activity"] == "idle" and vm["balloon"]["balloon_bytes"] >= 16 * MIB for vm in status()["vms"]))
 _, idle = figures("idle")
 used_before = host_used_mib()
@@ -88,7 +88,7 @@ set_ksm(pages_to_scan=20000, sleep_millisecs=20, run=1)
 first_scan, shared = ksm("full_scans"), 0
 while ksm("full_scans") < first_scan + 2 or ksm("pages_sharing") > shared * 1.02:
     shared = ksm("pages_sharing")
-    if time.monotonic() - started > 150:
+    if time.monotonic() - started > 600:
         raise SystemExit(f"KSM does not settle: {shared} pages")
     time.sleep(1)
 set_ksm(pages_to_scan=100)
@@ -128,7 +128,7 @@ while "has all of its memory" not in moments:
                            ("has all of its memory", balloon["balloon_bytes"] == 0)):
         if happened:
             moments.setdefault(what, moment)
-    assert moment < 30, (guest, balloon)
+    assert moment < 120, (guest, balloon)
     time.sleep(0.01)
 say(f"balloon of {before // MIB} MiB, seconds after the command: " + ", ".join(f"{what} {at:.2f}" for what, at in moments.items()))
 assert before >= 16 * MIB
@@ -136,7 +136,7 @@ assert moments["is given back"] - moments["is told to be active"] < 0.5
 assert moments["has all of its memory"] - moments["is told to be active"] < 10  # eleven share one emulated processor
 assert load.poll() is None
 whole = f"while [ $(stat -c %s /dev/fill) -lt {40 * MIB} ]; do sleep 0.1; done"
-subprocess.run([*execute, "sh", "-c", whole], check=True, timeout=60)
+subprocess.run([*execute, "sh", "-c", whole], check=True, timeout=240)
 say("it has written 40 MiB")
 load.terminate()
 load.wait()

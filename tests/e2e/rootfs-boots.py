@@ -23,15 +23,15 @@ class Guest(Terminal):
                           f"/dev/vd{'abcdefgh'[number]}{options}", "--cmdline", "quiet"])
 
     def log_in(self, hostname):
-        self.expect(f"{hostname} login: ", 240)
+        self.expect(f"{hostname} login: ")
         print(f"\n{self.name}: login after {time.monotonic() - self.begin:.0f} s", flush=True)
         self.type("root\r")
         self.prompt()
 
     def prompt(self):
-        self.expect("# ", 60)
+        self.expect("# ")
 
-    def ask(self, command, expected, seconds=60):
+    def ask(self, command, expected, seconds=240):
         """What the command prints has to match the regular expression as a whole."""
         self.type(f"stty cols 500 -echo 2>/dev/null; echo; echo 'be''gin'; {command}; echo 'e''nd'; stty echo 2>/dev/null\r")
         self.expect("begin\r\n", seconds)
@@ -51,7 +51,7 @@ class Guest(Terminal):
 
 def clone(expected, *arguments, status=0, text=None):
     """What a command prints has to match as a whole."""
-    done = subprocess.run([CLONE, *arguments], input=text or "", capture_output=True, text=True, timeout=120)
+    done = subprocess.run([CLONE, *arguments], input=text or "", capture_output=True, text=True, timeout=480)
     if done.returncode != status or not re.fullmatch(expected, done.stdout, re.DOTALL):
         sys.exit(f"\nfailed: clone {' '.join(arguments)}: status {done.returncode}, {done.stdout!r}, {done.stderr!r}; not {status}, {expected!r}")
 
@@ -135,7 +135,7 @@ def container_button(guest):
 
 
 def folder(guest):
-    guest.expect("tree-begin\r\n", 90)
+    guest.expect("tree-begin\r\n")
     end = time.monotonic() + 120
     while b"tree-end\r\n" not in guest.seen and time.monotonic() < end:
         guest._read(0.2)

@@ -28,7 +28,7 @@ class Terminal:
             sys.stdout.flush()
             self.seen += data
 
-    def expect(self, text, seconds=60):
+    def expect(self, text, seconds=240):
         """Reads until `text` has come, and forgets all up to it."""
         end = time.monotonic() + seconds
         while text.encode() not in self.seen:
@@ -46,7 +46,7 @@ class Terminal:
     def is_raw(self):
         return not termios.tcgetattr(self.slave)[3] & (termios.ICANON | termios.ECHO)
 
-    def ends(self, status, seconds=30):
+    def ends(self, status, seconds=120):
         """The program ends with `status` in time, with the terminal's mode as it was before."""
         end = time.monotonic() + seconds
         while self.process.poll() is None:

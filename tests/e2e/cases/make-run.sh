@@ -24,7 +24,7 @@ terminal.expect("ready\r\n")  # the shell's own mode is off
 terminal.type("back\r")
 terminal.expect("back\r\nback\r\n")  # typed, and from cat, which runs then
 terminal.type("\x03")
-terminal.expect("# ", 20)
+terminal.expect("# ")
 terminal.type("exit\r")
 terminal.ends(0, 60)
 END

@@ -21,7 +21,7 @@ for leave in (lambda t: t.type("\x01x"), lambda t: t.kill()):
     terminal.type("back\r")
     terminal.expect("back\r\nback\r\n")  # typed, and from cat, which runs then
     terminal.type("\x03")  # interrupts the guest's program, not clone
-    terminal.expect("# ", 20)
+    terminal.expect("# ")
     leave(terminal)
     terminal.ends(6, 10)
 END
