@@ -5,6 +5,7 @@
 #include <doctest/doctest.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <sys/ptrace.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -30,6 +31,7 @@ pid_t start_traced(std::vector<std::string> words, const std::string& input) {
     ::dup2(read_end.get(), STDIN_FILENO);
     ::dup2(nowhere.get(), STDOUT_FILENO);
     ::dup2(nowhere.get(), STDERR_FILENO);
+    ::setenv("ASAN_OPTIONS", "detect_leaks=0", 1);  // which cannot be done under a tracer
     ::ptrace(PTRACE_TRACEME, 0, nullptr, nullptr);
     ::execv(argv.front(), argv.data());
     ::_exit(127);
