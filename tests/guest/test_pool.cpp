@@ -119,6 +119,15 @@ bool is_machine(int process) {
 
 }  // namespace
 
+TEST_CASE("pool: forks with several processors") {
+  const Pool pool("identity", {"--vcpus", "4"});
+  const std::set<int> ready = children_of(pool.start(2));
+  VmmProcess one(pool.fork()), two(pool.fork());
+  for (VmmProcess* vm : {&one, &two}) CHECK(identity_of(*vm).find("generation 2") != std::string::npos);
+  for (const int process : ready) CHECK(is_machine(process));
+  for (VmmProcess* vm : {&one, &two}) ends_well(*vm);
+}
+
 TEST_CASE("pool: what was open where it was started is not kept open") {
   const Pool pool;
   int ends[2];
