@@ -24,6 +24,7 @@
 #include <cstring>
 #include <filesystem>
 #include <functional>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -50,7 +51,7 @@ struct Greeting {
   std::array<char, 32> version{};
   std::array<uint64_t, 7> files{};  // namespaces, root folder, program
   uint64_t umask = 0;
-  uint64_t group = 0, groups = 0;  // a sum over the further ones
+  uint64_t group = 0, groups = 0;  // a hash of the further ones, which the kernel keeps in order
   std::array<uint64_t, 3> capabilities{};
   uint64_t confinement = 0;  // no_new_privs, seccomp
   bool operator==(const Greeting&) const = default;
@@ -72,7 +73,8 @@ Greeting greeting() {
   greeting.group = ::getegid();
   std::array<gid_t, 256> groups{};
   const int count = ::getgroups(groups.size(), groups.data());
-  for (int i = 0; i < count; ++i) greeting.groups += uint64_t{groups[static_cast<size_t>(i)]} << 16 | 1;
+  const std::string_view bytes(reinterpret_cast<const char*>(groups.data()), sizeof groups);
+  greeting.groups = std::hash<std::string_view>()(bytes) + static_cast<uint64_t>(count);
   __user_cap_header_struct header{_LINUX_CAPABILITY_VERSION_3, 0};
   std::array<__user_cap_data_struct, _LINUX_CAPABILITY_U32S_3> sets{};
   if (::syscall(SYS_capget, &header, sets.data()) == 0)
