@@ -88,8 +88,7 @@ Result<void> inspect(const SnapshotBackend& backend, const std::string& name, bo
   const auto extents = TRY(image.extents());
   uint64_t stored_bytes = 0;
   for (const MemoryExtent& extent : extents) stored_bytes += extent.size_bytes;
-  // An imported one may hold anything, and a terminal obeys.
-  const std::string settings = valid_utf8(TRY(saved_profile(sections)));
+  const std::string_view settings = TRY(saved_profile(sections));
   std::optional<TouchedPages> touched;
   for (const SnapshotBackend::Entry& entry : TRY(backend.list()))
     if (entry.name == name) touched = recorded_pages(image, entry.memory_bytes);
@@ -105,7 +104,7 @@ Result<void> inspect(const SnapshotBackend& backend, const std::string& name, bo
       prefault = json::object{{"read_bytes", page_count(touched->read) * kPageSize},
                               {"written_bytes", page_count(touched->written) * kPageSize}};
     std::puts(json::serialize(json::object{{"name", name},
-                                           {"profile", settings},
+                                           {"profile", valid_utf8(settings)},
                                            {"mapped_bytes", stored_bytes},
                                            {"extents", extents.size()},
                                            {"prefault", prefault},
@@ -113,6 +112,7 @@ Result<void> inspect(const SnapshotBackend& backend, const std::string& name, bo
                   .c_str());
     return {};
   }
+  // An imported one may hold anything, and a terminal obeys.
   std::printf("%s\n%-20s %-24s %7s %10s\n", printable(settings).c_str(), "OWNER", "TAG", "VERSION", "BYTES");
   for (const auto& [key, section] : sections.all())
     std::printf("%-20s %-24s %7u %10zu\n", printable(key.first).c_str(), printable(key.second).c_str(), section.version,

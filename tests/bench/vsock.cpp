@@ -216,11 +216,13 @@ void answer(const char* directory, char** vm) {
     if (waitpid(process, nullptr, WNOHANG) != 0) die("the VM has ended");
   }
   if (!there_is("control.sock")) die("control.sock");
-  double answered_ms = 0;
-  given ? start(ask) : static_cast<void>(answered_ms = exec_true(dial_path(found.gl_pathv[0])));
-  printf("%.4f", now_ms() - before);
-  if (!given) printf(" %.4f", answered_ms - before);
-  printf("\n");
+  if (given) {
+    start(ask);
+    printf("%.4f\n", now_ms() - before);
+  } else {
+    const double answered_ms = exec_true(dial_path(found.gl_pathv[0]));
+    printf("%.4f %.4f\n", now_ms() - before, answered_ms - before);
+  }
 }
 
 template <typename Once>

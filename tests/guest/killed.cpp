@@ -10,6 +10,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "util/fd.hpp"
 
 namespace {
@@ -63,7 +65,7 @@ Killed killed_after(size_t steps, const std::vector<std::string>& arguments, con
     const bool sent = signal != kCallStop && signal != SIGSTOP && status >> 16 == 0;
     ::ptrace(PTRACE_SYSCALL, thread, nullptr, sent ? signal : 0);
   }
-  return {count < steps ? count : steps, end};
+  return {std::min(count, steps), end};
 }
 
 size_t steps_of(const std::vector<std::string>& arguments, const std::string& input) {
