@@ -28,9 +28,29 @@ def until(seconds, what, function):
     end = time.monotonic() + seconds
     while not (answer := function()):
         if time.monotonic() > end:
-            raise SystemExit(f"not in {seconds} s: {what}; {json.dumps(status())}")
+            for vm in status()["vms"]:
+                print(json.dumps({key: vm[key] for key in ("name", "guest", "balloon")}), stands_still(vm), flush=True)
+            raise SystemExit(f"not in {seconds} s: {what}")
         time.sleep(0.3)
     return answer
+
+
+def vcpu_ticks(pid):
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/stat") as file:
+            name, _, fields = file.read().partition("(")[2].rpartition(")")
+        if name == "vcpu0":
+            return sum(int(field) for field in fields.split()[11:13])
+
+
+def stands_still(vm):
+    """Whether its processor runs at all, what its console ends with, and whether its agent answers after all."""
+    before = vcpu_ticks(vm["pid"])
+    time.sleep(2)
+    with open(f"console-{vm['name'][2:]}.log", errors="replace") as file:
+        end = file.read()[-200:]
+    answer = subprocess.run([CLONE, "exec", "--vm-id", vm["id"], "--timeout", "5", "--", "cat", "/proc/loadavg"], capture_output=True, text=True)
+    return f"{vcpu_ticks(vm['pid']) - before} ticks in 2 s; {answer.stdout + answer.stderr!r}; its console: {end!r}"
 
 
 def ksm(name):

@@ -7,6 +7,9 @@ PATH=$PATH:/usr/sbin:/sbin
 PYTHONPATH=$(dirname "${BASH_SOURCE[0]}") # terminal.py
 export PYTHONPATH PYTHONDONTWRITEBYTECODE=1
 
+# Not whatever Python is first on the path, and without what site-packages add: in a test host that takes a second instead of five.
+python3() { /usr/bin/python3 -S "$@"; }
+
 fail() { echo "failed: $*" >&2; exit 1; }
 skip() { echo "$*"; exit 77; } # the reason is the last line of the log
 
