@@ -7,6 +7,7 @@
 
 #include "clone/abi/plugin.h"
 #include "plugin/elf_reader.hpp"
+#include "util/utf8.hpp"
 
 namespace vmm {
 namespace {
@@ -20,14 +21,6 @@ Result<std::span<const std::byte>> find_section(std::span<const std::byte> file,
 template <size_t n>
 std::string text(const char (&field)[n]) {
   return std::string(field, ::strnlen(field, n));
-}
-
-// What reaches a terminal: a file that may be hostile does not get to send it control characters.
-std::string printable(std::string_view raw) {
-  std::string shown(raw);
-  for (char& c : shown)
-    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
-  return shown;
 }
 
 std::vector<std::string> split(std::string_view line, char separator) {
