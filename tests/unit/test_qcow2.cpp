@@ -80,7 +80,7 @@ TEST_CASE("qcow2: random work matches the model, and QEMU agrees") {
       const bool slow = cache == std::string("none");
       // Between rounds of any length the disk is closed and opened again.
       std::vector<int> ends(slow ? 3 : 6);
-      ends[0] = variant.steps * 3 / (slow ? 20 : 4);
+      ends[0] = variant.steps * 3 / (slow ? 40 : 8);
       std::mt19937_64 random(seed);
       for (size_t i = 1; i < ends.size(); ++i) ends[i] = std::uniform_int_distribution<int>(0, ends[0])(random);
       std::sort(ends.begin(), ends.end());
