@@ -40,6 +40,17 @@ Result<T> as_damage(Result<T> result, const std::string& path) {
   return std::move(result).context(path);
 }
 
+// In place of what has the name. Others may be about to give theirs the same: whoever comes last wins.
+Result<void> give_name(int fd, int folder_fd, const std::string& name) {
+  constexpr int kMostAttempts = 8;
+  const std::string nameless = "/proc/self/fd/" + std::to_string(fd);
+  for (int attempt = 1;; ++attempt) {
+    if (::linkat(AT_FDCWD, nameless.c_str(), folder_fd, name.c_str(), AT_SYMLINK_FOLLOW) == 0) return {};
+    if (errno != EEXIST || attempt == kMostAttempts) return system_error();
+    if (::unlinkat(folder_fd, name.c_str(), 0) != 0 && errno != ENOENT) return system_error();
+  }
+}
+
 Result<std::string> note_file(std::string_view name) {
   const bool known = std::all_of(name.begin(), name.end(), [](char c) { return (c >= 'a' && c <= 'z') || c == '-'; });
   if (name.empty() || name.size() > 32 || !known)
@@ -218,8 +229,9 @@ Result<std::optional<std::vector<std::byte>>> StoredSnapshot::read_note(std::str
   return note;
 }
 
-// Under another name until it is whole, which remove() takes for the snapshot's, too. It need not outlive a crash of
-// the host, so nothing is synced.
+// Without a name until it is whole, so that who is killed leaves nothing behind; where the file system has no such files,
+// under another name, which remove() takes for the snapshot's, too. It need not outlive a crash of the host, so nothing
+// is synced.
 Result<void> StoredSnapshot::write_note(std::string_view name, std::span<const std::byte> note) {
   const std::string file = CLONE_TRY(note_file(name));
   const std::string path = chain_.front().path + "/" + file;
@@ -227,9 +239,15 @@ Result<void> StoredSnapshot::write_note(std::string_view name, std::span<const s
     return Error{path + ": " + std::to_string(note.size()) + " bytes given; allowed are " +
                  std::to_string(CLONE_SNAPSHOT_NOTE_MAX_BYTES)};
   const int folder_fd = chain_.front().folder.get();
+  Fd fd(::openat(folder_fd, ".", O_TMPFILE | O_WRONLY | O_CLOEXEC, 0600));
+  if (fd) {
+    CLONE_TRY(write_at(fd.get(), 0, note).context(path));
+    return give_name(fd.get(), folder_fd, file).context(path);
+  }
+  if (errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL) return system_error().context(path);
   const std::string folder = "/proc/self/fd/" + std::to_string(folder_fd) + "/";
   std::string partial = folder + file + ".XXXXXX";
-  const Fd fd(::mkostemp(partial.data(), O_CLOEXEC));
+  fd = Fd(::mkostemp(partial.data(), O_CLOEXEC));
   if (!fd) return system_error().context(path);
   Result<void> written = write_at(fd.get(), 0, note);
   if (written.ok() && ::rename(partial.c_str(), (folder + file).c_str()) != 0) written = system_error();

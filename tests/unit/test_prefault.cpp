@@ -2,13 +2,17 @@
 // The pages that a template's forks touch first: kept, believed as far as they make sense, mapped ahead.
 #include <doctest/doctest.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <random>
+#include <thread>
 
 #include "scratch_dir.hpp"
 #include "vm/prefault.hpp"
@@ -202,6 +206,24 @@ TEST_CASE("prefault: notes have names, bounds and an owner, and replace each oth
   REQUIRE(image.write_note("hint", bytes(1, 3)).ok());  // in the link's place
   CHECK(*image.read_note("hint").value() == bytes(1, 3));
   CHECK(image.verify().ok());
+  // Killed at any moment, a writer leaves the old note, the new one or none, and nothing else.
+  const auto entries = [&] {
+    return std::distance(std::filesystem::directory_iterator(base.store + "/base"), std::filesystem::directory_iterator());
+  };
+  const auto before = entries();
+  for (int round = 0; round < 40; ++round) {
+    const pid_t writer = ::fork();
+    REQUIRE(writer >= 0);
+    for (uint8_t value = 0; writer == 0; ++value) (void)image.write_note("hint", bytes(70'000, value));
+    std::this_thread::sleep_for(std::chrono::microseconds(500 + 130 * round));
+    REQUIRE(::kill(writer, SIGKILL) == 0);
+    REQUIRE(::waitpid(writer, nullptr, 0) == writer);
+    const auto note = image.read_note("hint").value();
+    CHECK(entries() == before - !note);
+    if (!note || note->size() == 1) continue;
+    CHECK(*note == bytes(70'000, static_cast<int>(note->front())));
+  }
+  REQUIRE(image.write_note("hint", bytes(1, 3)).ok());
 
   if (::geteuid() != 0) {
     MESSAGE("only root can be another user: the rest is not tested");
