@@ -79,6 +79,17 @@ std::string version_word(Bytes setup, uint64_t offset) {
   return std::string(text.substr(0, end));
 }
 
+// A vmlinux has its version only in what it prints first.
+std::string banner_version(Bytes content) {
+  constexpr std::string_view banner = "Linux version ";
+  const std::string_view text(reinterpret_cast<const char*>(content.data()), content.size());
+  for (size_t at = text.find(banner); at != text.npos; at = text.find(banner, at)) {
+    at += banner.size();
+    if (std::string version = version_word(content, at); !version.empty()) return version;
+  }
+  return {};
+}
+
 // The 32-bit entry of a PVH kernel, when one of the notes gives it.
 std::optional<uint64_t> find_pvh_entry(Bytes notes, uint64_t alignment) {
   const auto padded = [&](uint64_t size_bytes) { return (size_bytes + alignment - 1) & ~(alignment - 1); };
@@ -236,6 +247,8 @@ Result<void> KernelFile::parse_elf(BootProtocol wanted) {
   if (!inside) return wrong("its entry " + hex(image_.entry.value) + " lies in no segment of the file");
   image_.start = segments_.front().address;
   image_.end = end_of(segments_.back());
+  for (const Segment& segment : segments_)
+    if (image_.version.empty()) image_.version = banner_version(segment.content);
 
   image_.header.boot_flag = kBootFlag;
   image_.header.header = kHeaderMagic;

@@ -31,7 +31,8 @@ struct KernelImage {
   GuestAddress end;
   // A bzImage's own; for an ELF file one that says what a current kernel's would.
   setup_header header{};
-  // A bzImage's release, "6.1.0-56-cloud-amd64": the folder under /lib/modules. Empty when not known.
+  // The release, "6.1.0-56-cloud-amd64": the folder under /lib/modules. Of a bzImage as its header says, of an ELF file as
+  // its banner does. Empty when not known.
   std::string version;
 };
 

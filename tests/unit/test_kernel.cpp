@@ -295,6 +295,17 @@ TEST_CASE("kernel: an ELF file with and without a PVH note") {
     CHECK(memory.load<uint8_t>({2 * kMiB + 0x2fff}) == 0);
     CHECK(memory.load<uint8_t>({2 * kMiB + 0x3000}) == 0xff);
   }
+  const auto version_with = [](std::string_view first, std::string_view second) {
+    ElfFile named;
+    std::memcpy(named.rest.data() + 0x40, first.data(), first.size());
+    std::memcpy(named.rest.data() + 0x1000, second.data(), second.size());
+    const TemporaryFile file(named.bytes());
+    return KernelFile::open(file.path()).value().image().version;
+  };
+  CHECK(version_with("", "") == "");
+  CHECK(version_with("Linux version %s", "Linux version 6.1.0-57-amd64 (debian-kernel@") == "6.1.0-57-amd64");
+  CHECK(version_with("Linux version 6.1", "Linux version 6.2 (") == "6.2");
+  CHECK(version_with("Linux version ../x (Linux version ", "") == "");
   CHECK(has(complaint(elf.bytes(), BootProtocol::pvh), "without the note that gives a PVH entry"));
   for (uint32_t alignment : {4u, 8u}) {
     ElfFile noted;
